@@ -1,0 +1,37 @@
+"""What a checkpoint needs: configuration, models, and the mathematics they run on."""
+
+from .configuration_variational_gpt import EVEConfig, VariationalGPTConfig
+from .eve import EVE
+from .generation import UncertaintyStoppingCriteria, VariationalGenerationMixin
+from .modeling_variational_gpt import VariationalGPTForCausalLM, VariationalGPTModel, VariationalGPTPreTrainedModel
+from .outputs import (
+    VariationalCausalLMOutput,
+    VariationalGenerateBeamOutput,
+    VariationalGenerateOutput,
+    VariationalModelOutput,
+)
+from .posterior import PosteriorStatistics
+from .predictive import PredictiveMeasures, log_mean_probability, predictive_measures
+from .sample_axis import NoiseRequest, posterior_noise
+
+
+__all__ = [
+    "EVE",
+    "EVEConfig",
+    "NoiseRequest",
+    "PosteriorStatistics",
+    "PredictiveMeasures",
+    "UncertaintyStoppingCriteria",
+    "VariationalCausalLMOutput",
+    "VariationalGPTConfig",
+    "VariationalGPTForCausalLM",
+    "VariationalGPTModel",
+    "VariationalGPTPreTrainedModel",
+    "VariationalGenerateBeamOutput",
+    "VariationalGenerateOutput",
+    "VariationalGenerationMixin",
+    "VariationalModelOutput",
+    "log_mean_probability",
+    "posterior_noise",
+    "predictive_measures",
+]

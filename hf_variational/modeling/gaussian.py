@@ -1,0 +1,166 @@
+"""Gaussian posteriors: divergence and reparameterised sampling, as functions of tensors.
+
+Every function works in float32 (or the float64 of its input), whatever the dtype of the activations.
+"""
+
+import torch
+from torch import Tensor
+
+
+# Rows of one block of the fused pass: its temporaries stay in a core's cache.
+_BLOCK_ELEMENTS = 65_536
+
+
+def gaussian_kl(mean: Tensor, log_scale: Tensor, prior_mean: Tensor | None, prior_log_scale: Tensor) -> Tensor:
+    """KL divergence of N(mean, scale^2) from N(prior_mean, prior_scale^2), elementwise, in nats.
+
+    log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2; for m = 0, s = 1 it is (mu^2 + sigma^2 - log sigma^2 - 1)/2.
+
+    Args:
+        mean, log_scale, prior_mean, prior_log_scale: broadcastable tensors. `prior_mean=None` centres the prior on the
+            posterior's mean, which then gets no gradient from the KL.
+
+    Returns:
+        The KL, of the broadcast shape.
+    """
+    inverse_variance = torch.exp(-2.0 * prior_log_scale)
+    spread = torch.exp(2.0 * log_scale)
+    if prior_mean is not None:
+        spread = spread + (mean - prior_mean).square()
+    return prior_log_scale - log_scale + 0.5 * spread * inverse_variance - 0.5
+
+
+def sample_gaussian(mean: Tensor, log_scale: Tensor, noise: Tensor, copies: int = 1) -> Tensor:
+    """Reparameterised sample mean + exp(log_scale) * noise (Kingma and Welling 2014).
+
+    Args:
+        mean: [rows, ...].
+        log_scale: broadcastable to `mean`.
+        noise: [rows * copies, ...], broadcastable in the other axes.
+        copies: samples drawn of each row, neighbours in the answer.
+
+    Returns:
+        [rows * copies, ...].
+    """
+    scale = torch.exp(log_scale)
+    if copies == 1:
+        return mean + scale * noise
+    noise = noise.unflatten(0, (-1, copies))
+    scale = scale.unsqueeze(1) if scale.ndim == mean.ndim else scale
+    return (mean.unsqueeze(1) + scale * noise).flatten(0, 1)
+
+
+class _SampleWithKL(torch.autograd.Function):
+    """One pass over the activations for the sample and for the KL, block by block."""
+
+    @staticmethod
+    def forward(ctx, mean, log_scale, noise, prior_mean, prior_log_scale, log_scale_min, log_scale_max):
+        sample = torch.empty_like(noise)
+        dispersion = torch.empty_like(noise)
+        kl = noise.new_empty(noise.shape[0])
+        inverse_scale = torch.exp(-prior_log_scale).expand(noise.shape[1])
+        constant = prior_log_scale.expand(noise.shape[1]).sum() - 0.5 * noise.shape[1]
+        for rows in _blocks(noise):
+            mu = mean[rows].to(noise.dtype)
+            clipped = log_scale[rows].clamp(log_scale_min, log_scale_max)
+            kl[rows] = constant - clipped.sum(-1)
+            scale = clipped.exp_()
+            torch.mul(scale, noise[rows], out=dispersion[rows])
+            torch.add(mu, dispersion[rows], out=sample[rows])
+            kl[rows] += 0.5 * scale.mul_(inverse_scale).square_().sum(-1)
+            if prior_mean is not None:
+                kl[rows] += 0.5 * (mu - prior_mean).mul_(inverse_scale).square_().sum(-1)
+        ctx.save_for_backward(mean, log_scale, dispersion, prior_mean, prior_log_scale)
+        ctx.bounds = (log_scale_min, log_scale_max)
+        return sample, kl
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, sample_grad, kl_grad):
+        mean, log_scale, dispersion, prior_mean, prior_log_scale = ctx.saved_tensors
+        low, high = ctx.bounds
+        units = dispersion.shape[1]
+        inverse_variance = torch.exp(-2.0 * prior_log_scale).expand(units)
+        mean_grad = torch.empty_like(mean)
+        log_scale_grad = torch.empty_like(dispersion)
+        prior_mean_grad = dispersion.new_zeros(units)
+        excess = dispersion.new_zeros(units)
+        for rows in _blocks(dispersion):
+            weight = kl_grad[rows, None]
+            raw = log_scale[rows]
+            # (sigma^2 + (mu - m)^2) / s^2, whose excess over 1 is the gradient in log s.
+            ratio = (2.0 * raw.clamp(low, high)).exp_().mul_(inverse_variance)
+            grad = torch.mul(sample_grad[rows], dispersion[rows], out=log_scale_grad[rows])
+            grad.addcmul_(ratio - 1.0, weight).masked_fill_((raw < low) | (raw > high), 0.0)
+            if prior_mean is None:
+                mean_grad[rows] = sample_grad[rows]
+            else:
+                offset = mean[rows].to(dispersion.dtype) - prior_mean
+                pull = offset * inverse_variance
+                ratio.addcmul_(offset, pull)
+                pull.mul_(weight)
+                prior_mean_grad -= pull.sum(0)
+                mean_grad[rows] = pull.add_(sample_grad[rows])
+            excess += (weight * (1.0 - ratio)).sum(0)
+        return (
+            mean_grad,
+            log_scale_grad,
+            None,
+            _like(prior_mean_grad, prior_mean),
+            _like(excess, prior_log_scale),
+            None,
+            None,
+        )
+
+
+def _blocks(tensor: Tensor) -> list[slice]:
+    rows, units = tensor.shape
+    step = rows if tensor.device.type != "cpu" else max(1, _BLOCK_ELEMENTS // units)
+    return [slice(start, start + step) for start in range(0, rows, step)] if rows else []
+
+
+def _like(gradient: Tensor, parameter: Tensor | None) -> Tensor | None:
+    """Sums a per-unit gradient to the shape of a parameter that was broadcast over units."""
+    if parameter is None:
+        return None
+    return gradient if parameter.shape == gradient.shape else gradient.sum().reshape(parameter.shape)
+
+
+def sample_with_kl(
+    mean: Tensor,
+    log_scale: Tensor,
+    noise: Tensor,
+    prior_mean: Tensor | None,
+    prior_log_scale: Tensor,
+    log_scale_min: float,
+    log_scale_max: float,
+) -> tuple[Tensor, Tensor]:
+    """`sample_gaussian` and `gaussian_kl` summed over units, in one pass forward and one backward.
+
+    The clip of the log-scale is part of it, and no gradient passes where it is clipped. The plain functions are its
+    oracle; under `torch.compile` they are what runs, for the compiler fuses them itself.
+
+    Args:
+        mean: [rows, length, units], any floating dtype.
+        log_scale: [rows, length, units], before clipping.
+        noise: [rows, length, units].
+        prior_mean: [units], 0-dim, or `None` (centred on the mean).
+        prior_log_scale: [units] or 0-dim.
+
+    Returns:
+        sample [rows, length, units] in the dtype of `noise`, kl [rows, length].
+    """
+    if torch.compiler.is_compiling():
+        clipped = log_scale.clamp(log_scale_min, log_scale_max)
+        kl = gaussian_kl(mean.to(noise.dtype), clipped, prior_mean, prior_log_scale).sum(-1)
+        return sample_gaussian(mean, clipped, noise), kl
+    sample, kl = _SampleWithKL.apply(
+        mean.flatten(0, 1),
+        log_scale.flatten(0, 1),
+        noise.flatten(0, 1),
+        prior_mean,
+        prior_log_scale,
+        log_scale_min,
+        log_scale_max,
+    )
+    return sample.unflatten(0, mean.shape[:2]), kl.unflatten(0, mean.shape[:2])

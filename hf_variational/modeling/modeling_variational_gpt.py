@@ -1,0 +1,405 @@
+"""VariationalGPT: the Llama architecture with variational feed-forward units."""
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaDecoderLayer,
+    LlamaMLP,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+from transformers.utils import can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_variational_gpt import VariationalGPTConfig, check_num_posterior_samples
+from .eve import EVE
+from .generation import VariationalGenerationMixin
+from .objective import ScoredTokens, attended_positions, following_positions, posterior_penalties, shift_targets
+from .outputs import VariationalCausalLMOutput, VariationalModelOutput
+from .posterior import PosteriorTap, check_complete
+from .readout import read_out
+from .sample_axis import SampleAxis, prepare_cache, repeat_rows
+from .saving import CardMixin
+
+
+class VariationalGPTMLP(LlamaMLP):
+    """A Llama feed-forward layer whose units are EVE neurons: W_out z instead of W_out h."""
+
+    def __init__(self, config: VariationalGPTConfig, layer_idx: int):
+        super().__init__(config)
+        self.eve = EVE(config.eve, config.intermediate_size, layer_idx)
+
+    def forward(self, x: Tensor, sample_axis: SampleAxis) -> Tensor:
+        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+        return self.down_proj(self.eve(h, sample_axis))
+
+
+class VariationalGPTDecoderLayer(LlamaDecoderLayer):
+    """A Llama decoder layer, variational or not; in the first variational one the rows split, after its attention."""
+
+    def __init__(self, config: VariationalGPTConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        self.is_variational = layer_idx in config.variational_layer_indices()
+        if self.is_variational:
+            self.mlp = VariationalGPTMLP(config, layer_idx)
+
+    def forward(self, hidden_states: Tensor, sample_axis: SampleAxis | None = None, **kwargs) -> Tensor:
+        if not self.is_variational:
+            return super().forward(hidden_states, **kwargs)
+        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        update = self.mlp(self.post_attention_layernorm(hidden_states), sample_axis)
+        return repeat_rows(hidden_states, update.shape[0] // hidden_states.shape[0]) + update
+
+
+class VariationalGPTPreTrainedModel(LlamaPreTrainedModel):
+    config: VariationalGPTConfig
+    config_class = VariationalGPTConfig
+    _no_split_modules = ["VariationalGPTDecoderLayer"]
+    _keep_in_fp32_modules_strict = ["log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"]
+    _can_record_outputs = {
+        "hidden_states": VariationalGPTDecoderLayer,
+        "attentions": LlamaAttention,
+        "posteriors": OutputRecorder(PosteriorTap),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, EVE):
+            module.init_weights(self.config.initializer_range)
+        else:
+            super()._init_weights(module)
+
+    @property
+    def variational_layers(self) -> list[int]:
+        """Numbers of the variational layers."""
+        return self.config.variational_layer_indices()
+
+    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
+        """As in transformers; refuses reentrant checkpointing, under which the KL would silently lose its gradient.
+
+        Raises:
+            ValueError: for `use_reentrant=True` on a model with variational layers.
+        """
+        if (gradient_checkpointing_kwargs or {}).get("use_reentrant") and self.variational_layers:
+            raise ValueError(
+                "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a word: "
+                "use {'use_reentrant': False}."
+            )
+        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+
+
+class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
+    """The decoder without a head.
+
+    With S posterior samples `last_hidden_state`, and all hidden states and attentions above the split, have batch * S
+    rows: row `b * S + s` is sample `s` of sequence `b`.
+    """
+
+    def __init__(self, config: VariationalGPTConfig):
+        # Not LlamaModel's: it would build and initialise every layer that is replaced here.
+        VariationalGPTPreTrainedModel.__init__(self, config)
+        self.padding_idx = config.pad_token_id
+        self.vocab_size = config.vocab_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, self.padding_idx)
+        self.layers = nn.ModuleList(
+            [VariationalGPTDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)]
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config=config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        num_posterior_samples: int | None = None,
+        output_posteriors: bool = False,
+        output_statistics: bool | None = None,
+        token_weights: Tensor | None = None,
+        **kwargs,
+    ) -> VariationalModelOutput:
+        """
+        Args:
+            num_posterior_samples: S; 0 is the mean pass; `None`: 0 in eval mode, the config's in train mode.
+            output_posteriors: returns the tape.
+            output_statistics: whether the tape has per-unit statistics; `None`: yes, if there is a tape.
+            token_weights: [batch, length], 1 at the positions that the statistics average; `None`: the attended ones.
+
+        Raises:
+            ValueError: for a number of samples that is not a whole number of at least 0, or samples without
+                variational layers, or a cache that was filled with another number of samples.
+        """
+        if (input_ids is None) ^ (inputs_embeds is not None):
+            raise ValueError("Give exactly one of input_ids and inputs_embeds.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        num_samples = self.resolve_num_samples(num_posterior_samples)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        split = self.variational_layers[0] if self.variational_layers else self.config.num_hidden_layers
+        if past_key_values is not None and self.variational_layers:
+            prepare_cache(past_key_values, self.config.num_hidden_layers, split, num_samples)
+        record = output_posteriors and bool(self.variational_layers)
+        attended = attended_positions(attention_mask, inputs_embeds) if record else None
+        axis = SampleAxis(
+            num_samples,
+            inputs_embeds.shape[0],
+            position_ids,
+            record=record,
+            statistics=record and output_statistics is not False,
+            token_weights=attended if token_weights is None else token_weights,
+            follows=following_positions(attended, position_ids) if record else None,
+            cache=past_key_values if num_samples else None,
+        )
+        per_row = {
+            "attention_mask": causal_mask,
+            "position_ids": position_ids,
+            "position_embeddings": self.rotary_emb(inputs_embeds, position_ids=position_ids),
+        }
+        hidden_states = inputs_embeds
+        for layer_idx, layer in enumerate(self.layers[: self.config.num_hidden_layers]):
+            hidden_states = layer(
+                hidden_states,
+                sample_axis=axis,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                **per_row,
+                **kwargs,
+            )
+            if layer_idx == split and num_samples > 1:
+                _refuse_packed_kernels(kwargs)
+                per_row = {name: _expand(value, axis) for name, value in per_row.items()}
+        return VariationalModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+        )
+
+    def resolve_num_samples(self, num_posterior_samples: int | None) -> int:
+        """The number of samples of this pass: as asked, or the default of the mode the model is in."""
+        if num_posterior_samples is None:
+            default = self.config.num_posterior_samples if self.training else 0
+            return default if self.variational_layers else 0
+        check_num_posterior_samples(num_posterior_samples)
+        if num_posterior_samples and not self.variational_layers:
+            raise ValueError(
+                f"num_posterior_samples={num_posterior_samples}, but this model has no variational layer (eve=None): "
+                "use num_posterior_samples=0, or a config with an EVEConfig."
+            )
+        return num_posterior_samples
+
+
+class VariationalGPTForCausalLM(
+    CardMixin, VariationalGPTPreTrainedModel, VariationalGenerationMixin, LlamaForCausalLM
+):
+    """VariationalGPT with a language modelling head; its loss is the negative evidence lower bound per target token.
+
+    Example:
+
+    ```python
+    >>> import hf_variational
+    >>> from transformers import AutoModelForCausalLM
+
+    >>> model = AutoModelForCausalLM.from_pretrained("my-variational-gpt")
+    >>> out = model(input_ids, num_posterior_samples=8, output_uncertainty=True)
+    >>> out.uncertainty.mutual_information  # [batch, length]
+    ```
+    """
+
+    def __init__(self, config: VariationalGPTConfig):
+        VariationalGPTPreTrainedModel.__init__(self, config)
+        self.model = VariationalGPTModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_posterior_samples: int | None = None,
+        output_uncertainty: bool = False,
+        output_posteriors: bool | None = None,
+        output_sample_logits: bool = False,
+        kl_weight: Tensor | float | None = None,
+        free_bits: float = 0.0,
+        **kwargs,
+    ) -> VariationalCausalLMOutput:
+        """
+        Args:
+            labels: [batch, length]; position t is scored on `labels[t + 1]`, -100 is left out.
+            logits_to_keep: as in transformers: positions whose logits are computed. Everything per position follows it.
+            num_posterior_samples: S; 0 is the mean pass; `None`: 0 in eval mode, the config's in train mode.
+            output_uncertainty: returns `uncertainty`; needs S >= 1.
+            output_posteriors: returns `posteriors`.
+            output_sample_logits: returns `sample_logits`; needs S >= 1.
+            kl_weight: beta of this pass, a number or a 0-dim tensor (which a schedule may move without recompiling);
+                `None`: the config's.
+            free_bits: nats of KL per unit that cost nothing: a layer is charged at each token for at least
+                `free_bits * units`.
+            num_items_in_batch (in `kwargs`): target tokens of the whole accumulated batch, which the loss is divided by.
+
+        Raises:
+            ValueError: if uncertainty is asked of a mean pass, or see `VariationalGPTModel`.
+            RuntimeError: if fewer posteriors are recorded than there are variational layers.
+        """
+        num_samples = self.model.resolve_num_samples(num_posterior_samples)
+        for name, asked in (
+            ("output_uncertainty", output_uncertainty),
+            ("output_sample_logits", output_sample_logits),
+        ):
+            if asked and num_samples == 0:
+                raise ValueError(
+                    f"{name}=True needs posterior samples, but num_posterior_samples is 0 (the mean pass, the default "
+                    f"in eval mode): pass num_posterior_samples=8, or leave {name} out."
+                )
+        scored = None
+        if labels is not None or kwargs.get("shift_labels") is not None:
+            if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
+                raise ValueError(f"labels score every position: leave out logits_to_keep, got {logits_to_keep!r}.")
+            scored = ScoredTokens.of(labels, attention_mask, **kwargs)
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "num_items_in_batch")}
+        if output_posteriors is None:
+            output_posteriors = getattr(self.config, "output_posteriors", False)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            num_posterior_samples=num_samples,
+            output_posteriors=bool(output_posteriors or scored is not None),
+            output_statistics=bool(output_posteriors),
+            token_weights=None if scored is None else scored.weights,
+            **kwargs,
+        )
+        if output_posteriors or scored is not None:
+            check_complete(outputs.posteriors, self.variational_layers)
+        result = VariationalCausalLMOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+        hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
+        if num_samples == 0:
+            self._read_mean_pass(result, hidden_states, scored)
+        else:
+            tokens = labels if input_ids is None else input_ids
+            observed = None
+            if output_uncertainty and tokens is not None:
+                observed = keep_positions(shift_targets(tokens), logits_to_keep)
+            options = {"output_uncertainty": output_uncertainty, "output_sample_logits": output_sample_logits}
+            self._read_samples(result, hidden_states, num_samples, scored, observed, **options)
+        if scored is not None:
+            self._add_loss(result, outputs.posteriors, scored, kl_weight, free_bits)
+        if output_posteriors:
+            batch = result.logits.shape[0]
+            result.posteriors = {record.layer: record.statistics.over_samples(batch) for record in outputs.posteriors}
+        return result
+
+    def _read_mean_pass(self, result: VariationalCausalLMOutput, hidden_states: Tensor, scored) -> None:
+        result.logits = self.lm_head(hidden_states)
+        if scored is not None:
+            result.nll = self.loss_function(
+                logits=result.logits,
+                labels=None,
+                shift_labels=scored.targets,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=scored.num_items,
+            )
+
+    def _read_samples(self, result, hidden_states: Tensor, num_samples: int, scored, observed, **options) -> None:
+        joined = read_out(
+            hidden_states,
+            self.lm_head,
+            num_samples,
+            self.config.vocab_size,
+            self.config.objective,
+            targets=None if scored is None else scored.targets,
+            observed=observed,
+            **options,
+        )
+        result.logits, result.uncertainty, result.sample_logits = (
+            joined.logits,
+            joined.uncertainty,
+            joined.sample_logits,
+        )
+        if scored is not None:
+            result.nll = joined.nll_sum / scored.num_items
+
+    def _add_loss(self, result, records, scored: ScoredTokens, kl_weight, free_bits: float) -> None:
+        if not self.variational_layers:
+            result.loss, result.kl = result.nll, torch.zeros_like(result.nll)
+            return
+        eve = self.config.eve
+        free = free_bits * self.config.intermediate_size * eve.latent_dim
+        penalties = posterior_penalties(records, scored, free_nats=free)
+        result.kl, result.kl_per_layer, result.reconstruction = (
+            penalties.kl,
+            penalties.kl_per_layer,
+            penalties.reconstruction,
+        )
+        result.loss = result.nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
+        if penalties.reconstruction is not None:
+            result.loss = result.loss + eve.reconstruction_weight * penalties.reconstruction
+
+
+def keep_positions(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor:
+    """The last `logits_to_keep` positions (0: all), or those that a 1-D tensor numbers, of [rows, length, ...]."""
+    return tensor[:, slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep]
+
+
+def _expand(value, axis: SampleAxis):
+    """Brings a per-row tensor, or a tuple of them, above the split; what all rows share stays as it is."""
+    if value is None:
+        return None
+    if isinstance(value, tuple):
+        return tuple(_expand(item, axis) for item in value)
+    if not torch.is_tensor(value):
+        raise ValueError(
+            f"Posterior samples cannot expand an attention mask of type {type(value).__name__}: use "
+            "attn_implementation='sdpa' or 'eager', or num_posterior_samples=0."
+        )
+    return value if value.shape[0] == 1 else axis.expand(value)
+
+
+def _refuse_packed_kernels(kwargs: dict) -> None:
+    for name in ("cu_seq_lens_q", "cu_seqlens_q"):
+        if kwargs.get(name) is not None:
+            raise ValueError(
+                f"{name} lists the sequences of one row for a kernel, and with several posterior samples there are more "
+                "rows: use num_posterior_samples of 0 or 1, or pack with position_ids."
+            )
+
+
+__all__ = ["VariationalGPTForCausalLM", "VariationalGPTModel", "VariationalGPTPreTrainedModel"]

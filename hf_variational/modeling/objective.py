@@ -1,0 +1,115 @@
+"""The objective: the negative evidence lower bound per target token, the same for any accumulation and any devices."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .posterior import PosteriorRecord
+from .sample_axis import mean_over_samples
+
+
+IGNORE_INDEX = -100
+
+
+@dataclass
+class ScoredTokens:
+    """The target tokens of a forward pass.
+
+    Attributes:
+        targets: target of each position, [batch, length]; -100 where there is none.
+        weights: 1 where a position is attended and has a target, so carries KL, [batch, length].
+        num_items: target tokens of the whole accumulated batch, over all devices, which every sum is divided by.
+    """
+
+    targets: Tensor
+    weights: Tensor
+    num_items: Tensor | int
+
+    @classmethod
+    def of(
+        cls,
+        labels: Tensor | None,
+        attention_mask: Tensor | None,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs,
+    ) -> "ScoredTokens":
+        """From the arguments of a forward pass; without `num_items_in_batch` the batch is taken to be whole."""
+        targets = shift_targets(labels) if shift_labels is None else shift_labels
+        has_target = targets != IGNORE_INDEX
+        if num_items_in_batch is None:
+            num_items_in_batch = has_target.sum().clamp(min=1)
+        elif torch.is_tensor(num_items_in_batch):
+            num_items_in_batch = num_items_in_batch.to(targets.device)
+        return cls(targets, has_target * attended_positions(attention_mask, targets), num_items_in_batch)
+
+
+@dataclass
+class Penalties:
+    """What the posteriors add to the loss, per target token.
+
+    Attributes:
+        kl: sum of `kl_per_layer`, 0-dim.
+        kl_per_layer: [variational layers].
+        charged_kl: the KL that the loss is charged for: `kl`, or more where free bits hold a layer's charge up.
+        reconstruction: sum of the layers' local reconstruction errors, 0-dim, or `None`.
+    """
+
+    kl: Tensor
+    kl_per_layer: Tensor
+    charged_kl: Tensor
+    reconstruction: Tensor | None
+
+
+def shift_targets(labels: Tensor) -> Tensor:
+    """The target of each position: the label of the next one, [batch, length]; -100 at the end."""
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+
+
+def attended_positions(attention_mask: Tensor | None, like: Tensor) -> Tensor:
+    """1 where a position is not padding, [batch, length] of `like`; all of them if the mask is not a 2-D tensor."""
+    batch, length = like.shape[:2]
+    if torch.is_tensor(attention_mask) and attention_mask.ndim == 2:
+        return (attention_mask[:, -length:] != 0).to(like.device)
+    return torch.ones(batch, length, dtype=torch.bool, device=like.device)
+
+
+def following_positions(attended: Tensor, position_ids: Tensor) -> Tensor:
+    """True where a position continues the sequence of the one before it, [batch, length].
+
+    False at the first position, across padding, and where packed documents meet (the position ids start again).
+    """
+    steps = F.pad(position_ids.diff(dim=-1) == 1, (1, 0))
+    return steps & attended & F.pad(attended[:, :-1], (1, 0))
+
+
+def posterior_penalties(
+    records: tuple[PosteriorRecord, ...], scored: ScoredTokens, free_nats: float = 0.0
+) -> Penalties:
+    """Sums the KL over the tokens that carry it, divided by the number of target tokens of the whole batch.
+
+    Args:
+        records: the tape, one record a layer, at least one.
+        scored: the target tokens.
+        free_nats: what a token may spend in each layer at no cost and no gradient (free bits, Kingma et al. 2016).
+    """
+    batch, device = scored.weights.shape[0], scored.weights.device
+
+    def per_target(values: Tensor) -> Tensor:
+        return (mean_over_samples(values, batch).to(device) * scored.weights).sum() / scored.num_items
+
+    kl_per_layer = torch.stack([per_target(record.statistics.kl) for record in records])
+    charged = kl_per_layer.sum()
+    if free_nats > 0:
+        over_samples = [mean_over_samples(record.statistics.kl, batch) for record in records]
+        charged = torch.stack([per_target(kl.clamp(min=free_nats)) for kl in over_samples]).sum()
+    errors = [per_target(record.reconstruction) for record in records if record.reconstruction is not None]
+    kl_per_layer = kl_per_layer.detach() if free_nats > 0 else kl_per_layer
+    return Penalties(
+        kl=kl_per_layer.sum(),
+        kl_per_layer=kl_per_layer,
+        charged_kl=charged,
+        reconstruction=torch.stack(errors).sum() if errors else None,
+    )

@@ -1,0 +1,69 @@
+"""Output classes: the stock ones with what is variational after the stock fields."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from .posterior import PosteriorRecord, PosteriorStatistics
+from .predictive import PredictiveMeasures
+
+
+@dataclass
+class VariationalModelOutput(BaseModelOutputWithPast):
+    """`BaseModelOutputWithPast`, whose rows above the split are batch * S (row `b * S + s` is sample s of sequence b).
+
+    Attributes:
+        posteriors: one [`PosteriorRecord`] a variational layer, with `output_posteriors=True`.
+    """
+
+    posteriors: tuple[PosteriorRecord, ...] | None = None
+
+
+@dataclass
+class VariationalCausalLMOutput(CausalLMOutputWithPast):
+    """`CausalLMOutputWithPast` of a variational language model.
+
+    Attributes:
+        loss: nll + kl_weight * kl + reconstruction_weight * reconstruction, 0-dim, with labels.
+        logits: [batch, length, vocab]; log p̄ in float32 where there are posterior samples, else the mean pass's logits.
+        hidden_states, attentions: as usual, but with batch * S rows above the split.
+        nll: negative log-likelihood per target token, nats, 0-dim, with labels.
+        kl: KL divergence per target token summed over units and layers, nats, before its weight, 0-dim, with labels.
+        kl_per_layer: the same per variational layer, [variational layers], with labels.
+        reconstruction: local reconstruction error per target token summed over layers, 0-dim, where the units have it.
+        uncertainty: [`PredictiveMeasures`], each [batch, length], with `output_uncertainty=True`.
+        posteriors: layer number to [`PosteriorStatistics`], with `output_posteriors=True`.
+        sample_logits: log-probabilities of each sample, [batch, S, length, vocab], with `output_sample_logits=True`.
+    """
+
+    nll: Tensor | None = None
+    kl: Tensor | None = None
+    kl_per_layer: Tensor | None = None
+    reconstruction: Tensor | None = None
+    uncertainty: PredictiveMeasures | None = None
+    posteriors: dict[int, PosteriorStatistics] | None = None
+    sample_logits: Tensor | None = None
+
+
+@dataclass
+class VariationalGenerateOutput(GenerateDecoderOnlyOutput):
+    """`GenerateDecoderOnlyOutput` with the measures of each new token.
+
+    Attributes:
+        uncertainty: [`PredictiveMeasures`], each [rows, new tokens], aligned with the new tokens; 0 after a row's end.
+    """
+
+    uncertainty: PredictiveMeasures | None = None
+
+
+@dataclass
+class VariationalGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
+    """`GenerateBeamDecoderOnlyOutput` with the measures of each new token of the returned beams.
+
+    Attributes:
+        uncertainty: as in [`VariationalGenerateOutput`].
+    """
+
+    uncertainty: PredictiveMeasures | None = None

@@ -1,0 +1,97 @@
+"""The posterior tape: what a variational layer tells of its posterior to whoever listens to this forward pass."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from .sample_axis import mean_over_samples
+
+
+# A unit whose mean KL is below this many nats has collapsed onto its prior (arXiv 2603.28219).
+ACTIVE_KL = 1e-4
+
+
+@dataclass
+class PosteriorStatistics:
+    """Statistics of one layer's posterior.
+
+    Attributes:
+        kl: KL divergence from the prior summed over units, averaged over posterior samples, nats, [batch, length].
+        kl_per_unit: the same per unit, averaged over the tokens that carry KL, [units].
+        scale: posterior scale sigma per unit, likewise averaged, [units].
+        mean_energy: E[mu^2] per unit, likewise averaged (and summed over a unit's latent dimensions), [units].
+    """
+
+    kl: Tensor
+    kl_per_unit: Tensor | None = None
+    scale: Tensor | None = None
+    mean_energy: Tensor | None = None
+
+    def over_samples(self, batch: int) -> "PosteriorStatistics":
+        """The same with the rows of `kl` averaged over posterior samples, to [batch, length]."""
+        return replace(self, kl=mean_over_samples(self.kl, batch))
+
+    @property
+    def active_fraction(self) -> Tensor:
+        """Share of units whose KL exceeds 1e-4 nats, 0-dim."""
+        return (self.kl_per_unit > ACTIVE_KL).float().mean()
+
+
+@dataclass
+class PosteriorRecord:
+    """What a layer hands to the tape: its number, its statistics, and the error of its local reconstruction.
+
+    `statistics.kl` and `reconstruction` have one row per row of the layer, [rows, length].
+    """
+
+    layer: int
+    statistics: PosteriorStatistics
+    reconstruction: Tensor | None = None
+
+
+class PosteriorTap(nn.Module):
+    """Passes a record through; the tape is a forward hook on this module.
+
+    Recorded by transformers' `OutputRecorder`, so a layer keeps nothing of a forward pass on itself.
+    """
+
+    def forward(self, record: PosteriorRecord) -> PosteriorRecord:
+        return record
+
+
+def check_complete(records: tuple[PosteriorRecord, ...], layers: list[int]) -> None:
+    """Raises `RuntimeError` unless the tape holds one record of each of `layers`: a KL must never go missing."""
+    recorded = [record.layer for record in records]
+    if sorted(recorded) != layers:
+        raise RuntimeError(
+            f"The tape holds posteriors of layers {recorded}, but the variational layers are {layers}: the KL would be "
+            "incomplete. Recording hooks are installed once per model: a layer replaced after the first forward pass "
+            "needs `model._output_capturing_hooks_installed = False`."
+        )
+
+
+@torch.no_grad()
+def unit_statistics(kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor) -> dict[str, Tensor]:
+    """Per-unit averages over the tokens that carry KL.
+
+    Args:
+        kl, log_scale, mean: [rows, length, units] or [rows, length, units, k], or broadcastable to it.
+        weights: [rows, length], 1 where a token counts.
+
+    Returns:
+        `kl_per_unit`, `scale`, `mean_energy`, each [units] in float32.
+    """
+    shape = torch.broadcast_shapes(kl.shape, log_scale.shape, mean.shape)
+    total = weights.sum().clamp(min=1)
+
+    def average(values: Tensor, over_latent) -> Tensor:
+        values = values.expand(shape)
+        values = over_latent(values) if len(shape) == 4 else values
+        return torch.einsum("rtu,rt->u", values.float(), weights.float()) / total
+
+    return {
+        "kl_per_unit": average(kl, lambda values: values.sum(-1)),
+        "scale": average(log_scale.exp(), lambda values: values.mean(-1)),
+        "mean_energy": average(mean.square(), lambda values: values.sum(-1)),
+    }

@@ -1,0 +1,241 @@
+"""The sample axis: S posterior samples are S rows of the batch, from the first variational layer to the logits.
+
+Row `b * S + s` is sample `s` of sequence `b`. Below the split every sequence is computed once and cached once; from the
+split on each sample keeps its own keys and values, and the cache reorders, selects and repeats whole groups of S rows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+
+@dataclass(frozen=True)
+class NoiseRequest:
+    """What a layer asks of a noise source.
+
+    Attributes:
+        layer: number of the layer.
+        batch: number of sequences.
+        num_samples: posterior samples S.
+        positions: position ids of the tokens, [batch, length]; `None` for `noise="sequence"`.
+        shape: of the answer, [batch * S, length, units] (a last axis for a latent width above 1); length is 1 for
+            `noise="sequence"`. Row `b * S + s` is sample `s` of sequence `b`.
+        device: of the answer.
+    """
+
+    layer: int
+    batch: int
+    num_samples: int
+    positions: Tensor | None
+    shape: tuple[int, ...]
+    device: torch.device
+
+
+NoiseSource = Callable[[NoiseRequest], Tensor]
+# Plain, not a ContextVar, because torch.compile cannot trace one; noise sources serve tests and studies.
+_noise_source: NoiseSource | None = None
+
+
+@contextmanager
+def posterior_noise(source: NoiseSource) -> Iterator[None]:
+    """Lets `source(request) -> Tensor` supply the standard normal noise of every posterior sample inside the block.
+
+    Without it noise comes from the global generator, which gradient checkpointing restores. Not thread-safe.
+
+    Example:
+
+    ```python
+    >>> table = torch.randn(6, 512, 1024)  # layer, position, unit
+    >>> def source(request):
+    ...     noise = table[request.layer, request.positions]  # the same for each sample
+    ...     return noise.repeat_interleave(request.num_samples, dim=0)
+    >>> with posterior_noise(source):
+    ...     model(input_ids, num_posterior_samples=4)
+    ```
+    """
+    global _noise_source
+    previous, _noise_source = _noise_source, source
+    try:
+        yield
+    finally:
+        _noise_source = previous
+
+
+def repeat_rows(tensor: Tensor, copies: int) -> Tensor:
+    """Repeats each row `copies` times, neighbours: [rows, ...] to [rows * copies, ...]."""
+    if copies == 1:
+        return tensor
+    return tensor.unsqueeze(1).expand(-1, copies, *tensor.shape[1:]).flatten(0, 1)
+
+
+def mean_over_samples(tensor: Tensor, batch: int) -> Tensor:
+    """Averages groups of sample rows: [batch * S, ...] to [batch, ...] (a tensor of `batch` rows is returned as is)."""
+    return tensor if tensor.shape[0] == batch else tensor.unflatten(0, (batch, -1)).mean(1)
+
+
+class SampleAxis:
+    """How one forward pass samples, and where its rows stand. Handed to every layer, so that a checkpointed layer's
+    recomputation finds what its first computation found.
+
+    Attributes:
+        num_samples: S; 0 is the mean pass.
+        batch: number of sequences.
+        positions: position ids, [batch, length] (or [1, length] where all rows share them).
+        record: whether the variational layers compute their KL and hand their posteriors to the tape.
+        statistics: whether they add per-unit statistics.
+        token_weights: [batch, length], 1 at the positions that carry KL (the statistics are means over them).
+        follows: [batch, length], true where the position continues the sequence of the one before it.
+        cache: the cache, for the noise that lasts a sequence.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        batch: int,
+        positions: Tensor,
+        record: bool = False,
+        statistics: bool = False,
+        token_weights: Tensor | None = None,
+        follows: Tensor | None = None,
+        cache: Cache | None = None,
+    ):
+        self.num_samples = num_samples
+        self.batch = batch
+        self.positions = positions
+        self.record = record
+        self.statistics = statistics
+        self.token_weights = token_weights
+        self.follows = follows
+        self.cache = cache
+        self.noise_source = _noise_source
+
+    @property
+    def rows(self) -> int:
+        """Rows above the split: batch * max(S, 1)."""
+        return self.batch * max(self.num_samples, 1)
+
+    def expand(self, tensor: Tensor) -> Tensor:
+        """Repeats a tensor of `batch` rows to the rows above the split; one that has them already is returned as is."""
+        return tensor if tensor.shape[0] == self.rows else repeat_rows(tensor, self.rows // tensor.shape[0])
+
+    def per_token(self, tensor: Tensor, rows: int) -> Tensor:
+        """Brings a [batch, length] tensor to `rows` rows."""
+        return repeat_rows(tensor, rows // tensor.shape[0])
+
+    def noise(self, layer: int, length: int, width: tuple[int, ...], device: torch.device) -> Tensor:
+        """Fresh standard normal noise in float32, [batch * S, length, *width]."""
+        return self._draw(layer, length, width, device, self.positions)
+
+    def sequence_noise(self, layer: int, width: tuple[int, ...], device: torch.device) -> Tensor:
+        """Noise that lasts a sequence, [batch * S, 1, *width]: drawn when the sequence starts, then kept by the cache."""
+        kept = self.cache.layers[layer] if self.cache is not None else None
+        if kept is not None and kept.sequence_noise is not None:
+            return kept.sequence_noise
+        noise = self._draw(layer, 1, width, device, None)
+        if kept is not None:
+            kept.sequence_noise = noise
+        return noise
+
+    def _draw(self, layer, length, width, device, positions):
+        shape = (self.rows, length, *width)
+        if self.noise_source is None:
+            return torch.randn(shape, device=device)
+        if positions is not None:
+            positions = positions.expand(self.batch, -1)
+        request = NoiseRequest(layer, self.batch, self.num_samples, positions, shape, device)
+        noise = self.noise_source(request)
+        if noise.shape != torch.Size(shape):
+            raise ValueError(
+                f"The posterior_noise source returned {tuple(noise.shape)} for layer {layer}, expected {shape}."
+            )
+        return noise.to(device, torch.float32)
+
+
+class SampledCacheLayer:
+    """Mixed into a cache layer's class where samples live: moves whole groups of S rows.
+
+    Attributes:
+        num_samples: S.
+        copies: rows of keys and values per sequence; 1 below and at the split, S above it.
+        sequence_noise: noise that lasts a sequence, [sequences * S, 1, units], or `None`.
+    """
+
+    _layer_type = None  # keeps transformers from registering this class in its layer-type tables
+    num_samples: int = 0
+    copies: int = 1
+    sequence_noise: Tensor | None = None
+
+    def _select(self, indices: Tensor, move: Callable[[Tensor], None]) -> None:
+        move(_group_rows(indices, self.copies))
+        if self.sequence_noise is not None:
+            rows = _group_rows(indices, self.num_samples)
+            self.sequence_noise = self.sequence_noise[rows.to(self.sequence_noise.device)]
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorders sequences for beam search; `beam_idx` numbers sequences, not rows."""
+        self._select(beam_idx, super().reorder_cache)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keeps the sequences numbered by `indices`."""
+        self._select(indices, super().batch_select_indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeats each sequence `repeats` times."""
+        sequences = torch.arange(self.keys.shape[0] // self.copies, device=self.keys.device)
+        self.batch_select_indices(sequences.repeat_interleave(repeats))
+
+    def reset(self) -> None:
+        """Empties the layer; the next sequence draws its own noise."""
+        super().reset()
+        self.sequence_noise = None
+
+
+def _group_rows(indices: Tensor, copies: int) -> Tensor:
+    if copies == 1:
+        return indices
+    return (indices.unsqueeze(1) * copies + torch.arange(copies, device=indices.device)).flatten()
+
+
+@lru_cache(maxsize=None)
+def _sampled_class(layer_class: type) -> type:
+    return type(f"Sampled{layer_class.__name__}", (SampledCacheLayer, layer_class), {"_layer_type": None})
+
+
+def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -> None:
+    """Makes the cache of a pass with samples move groups of rows, from the layer of the split on.
+
+    Args:
+        cache: changed in place.
+        num_layers: layers of the model.
+        split: number of the first variational layer, whose keys and values are still one row a sequence.
+        num_samples: S.
+
+    Raises:
+        ValueError: if the cache was filled with another number of samples.
+    """
+    while len(cache.layers) < num_layers:
+        cache.layers.append(cache.layer_class_to_replicate())
+    for index in range(split, num_layers):
+        layer = cache.layers[index]
+        if isinstance(layer, SampledCacheLayer):
+            held = layer.num_samples
+        else:
+            held = 0 if layer.is_initialized else num_samples
+        # At the split itself a mean pass has filled the cache with the very rows that samples would have.
+        if held != num_samples and not (index == split and held == 0):
+            raise ValueError(
+                f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go on with "
+                f"{held}, or start again from an empty cache."
+            )
+        if num_samples and not isinstance(layer, SampledCacheLayer):
+            sampled_class = _sampled_class(type(layer))
+            sampled = sampled_class.__new__(sampled_class)
+            sampled.__dict__.update(layer.__dict__)
+            sampled.num_samples = num_samples
+            sampled.copies = 1 if index == split else num_samples
+            cache.layers[index] = sampled
