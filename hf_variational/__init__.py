@@ -9,10 +9,11 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from . import (
     hub as _hub,  # noqa: F401  registers the writer of model cards
+)
+from . import (
     modeling,
 )
 from .modeling import *  # noqa: F403
-
 
 __version__ = "0.1.0"
 
@@ -42,4 +43,5 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_LAZY])
 
 
-__all__ = [*modeling.__all__, "__version__"]
+__all__ = ["__version__"]
+__all__ += modeling.__all__

@@ -14,7 +14,6 @@ from .posterior import PosteriorStatistics
 from .predictive import PredictiveMeasures, log_mean_probability, predictive_measures
 from .sample_axis import NoiseRequest, posterior_noise
 
-
 __all__ = [
     "EVE",
     "EVEConfig",

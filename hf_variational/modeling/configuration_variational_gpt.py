@@ -2,9 +2,9 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral
 
 from transformers import LlamaConfig
-
 
 MEANS = ("identity", "gain", "linear")
 SCALES = ("scalar", "unit", "input")
@@ -20,7 +20,7 @@ def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
 
 
 def _whole_number(name: str, value, minimum: int, hint: str = "") -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < minimum:
         raise ValueError(f"{name} must be a whole number of at least {minimum}, got {value!r}.{hint}")
 
 
@@ -28,7 +28,7 @@ def check_num_posterior_samples(value) -> int:
     """Returns `value` if it is a number of posterior samples; raises `ValueError` that names it otherwise."""
     hint = " 0 is the mean pass; 8 is a good start for uncertainty."
     _whole_number("num_posterior_samples", value, 0, hint)
-    return value
+    return int(value)
 
 
 @dataclass(kw_only=True)
@@ -38,13 +38,15 @@ class EVEConfig:
     For the hidden activation `h` of a token, unit `i` holds `z_i ~ N(mu_i(h), sigma_i(h)^2)` and passes `z_i` on.
 
     Args:
-        mean: `"identity"` mu = h (adds nothing), `"gain"` mu = g * h, `"linear"` mu = W h + b. All three start at mu = h.
-        scale: `"scalar"` one log-scale a layer, `"unit"` one per unit (and latent dimension), `"input"` a function of h.
+        mean: `"identity"` mu = h (adds nothing), `"gain"` mu = g * h, `"linear"` mu = W h + b. All start at mu = h.
+        scale: `"scalar"` one log-scale a layer, `"unit"` one per unit (and latent dimension), `"input"`
+            a function of h.
         scale_rank: rank r of the input scale, log sigma = B A h + c, with B starting at 0; `None`: full affine;
             `"auto"`: 8 with `scale="input"`. The other scales have none.
         latent_dim: latent width k of a unit.
         pool: how a unit's k values become its activity: `"mean"`, `"sum"`, or `"sum_sqrtk"` (the sum over sqrt(k)).
-        noise: `"token"` draws fresh noise at each position, `"sequence"` once per sequence and posterior sample.
+        noise: `"token"` draws fresh noise at each position, `"sequence"` once per sequence and posterior sample (the
+            cache keeps it while decoding; a pass without a cache draws its own).
         prior: `"standard"` N(0, 1), `"empirical"` N(m_i, s_i^2) learned per unit, `"centered"` N(sg[mu], s^2),
             `"autoregressive"` N(phi * mu_{t-1}, s^2) along a sequence, whose first position takes the standard prior.
         prior_scale: s of the centered and autoregressive priors, and where the empirical prior's s_i start.
@@ -123,14 +125,14 @@ class EVEConfig:
 
 
 class VariationalGPTConfig(LlamaConfig):
-    """Configuration of `VariationalGPTModel` and `VariationalGPTForCausalLM`: `LlamaConfig` plus the variational fields.
+    """Configuration of VariationalGPT: `LlamaConfig` plus the variational fields.
 
     Args:
         eve: an [`EVEConfig`], its dictionary, or `None` for the deterministic twin.
         variational_layers: numbers of the layers whose feed-forward units are variational; `None`: all.
         kl_weight: beta, the weight of the KL in the loss, used where `forward` is not given one.
-        objective: `"elbo"`, the mean over posterior samples of the negative log-likelihood (NLL), or `"mc_nll"`, the NLL
-            of the predictive distribution.
+        objective: `"elbo"`, the mean over posterior samples of the negative log-likelihood (NLL), or `"mc_nll"`, the
+            NLL of the predictive distribution.
         num_posterior_samples: samples drawn in train mode where `forward` is not told how many.
 
     Example:
@@ -138,8 +140,10 @@ class VariationalGPTConfig(LlamaConfig):
     ```python
     >>> from hf_variational import EVEConfig, VariationalGPTConfig
 
-    >>> config = VariationalGPTConfig(hidden_size=256, num_hidden_layers=6, num_attention_heads=8,
-    ...                               intermediate_size=1024, eve=EVEConfig(prior="centered"), variational_layers=[4, 5])
+    >>> config = VariationalGPTConfig(
+    ...     hidden_size=256, num_hidden_layers=6, num_attention_heads=8, intermediate_size=1024,
+    ...     eve=EVEConfig(prior="centered"), variational_layers=[4, 5],
+    ... )
     ```
     """
 

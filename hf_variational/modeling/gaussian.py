@@ -6,7 +6,6 @@ Every function works in float32 (or the float64 of its input), whatever the dtyp
 import torch
 from torch import Tensor
 
-
 # Rows of one block of the fused pass: its temporaries stay in a core's cache.
 _BLOCK_ELEMENTS = 65_536
 
@@ -14,7 +13,8 @@ _BLOCK_ELEMENTS = 65_536
 def gaussian_kl(mean: Tensor, log_scale: Tensor, prior_mean: Tensor | None, prior_log_scale: Tensor) -> Tensor:
     """KL divergence of N(mean, scale^2) from N(prior_mean, prior_scale^2), elementwise, in nats.
 
-    log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2; for m = 0, s = 1 it is (mu^2 + sigma^2 - log sigma^2 - 1)/2.
+    log(s / sigma) + (sigma^2 + (mu - m)^2) / (2 s^2) - 1/2; for m = 0 and s = 1 that is
+    (mu^2 + sigma^2 - log sigma^2 - 1) / 2.
 
     Args:
         mean, log_scale, prior_mean, prior_log_scale: broadcastable tensors. `prior_mean=None` centres the prior on the

@@ -193,12 +193,12 @@ class VariationalGenerationMixin(GenerationMixin):
             return VariationalGenerateBeamOutput(**result, uncertainty=measures)
         return VariationalGenerateOutput(**result, uncertainty=recorder.measures(result.sequences))
 
-    def save_pretrained(self, save_directory, **kwargs):
+    def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; `num_posterior_samples` of the generation config is kept."""
         if hasattr(self.generation_config, "num_posterior_samples"):
-            # A generation config that is marked as derived from the model's loses its custom entries when it is loaded.
+            # A generation config marked as derived from the model's loses its custom entries when it is loaded.
             self.generation_config._from_model_config = False
-        return super().save_pretrained(save_directory, **kwargs)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _prepare_generation_config(self, generation_config, **kwargs):
         samples = kwargs.pop("num_posterior_samples", None)
@@ -209,6 +209,11 @@ class VariationalGenerationMixin(GenerationMixin):
         if uncertainty is None:
             uncertainty = bool(getattr(generation_config, "output_uncertainty", False))
         model_kwargs["num_posterior_samples"] = check_num_posterior_samples(samples)
+        if samples and generation_config.cache_implementation == "paged":
+            raise ValueError(
+                "cache_implementation='paged' (continuous batching) runs the mean pass only: use another cache, or "
+                "num_posterior_samples=0."
+            )
         recorder = _recorder.get()
         if recorder is not None and (uncertainty or recorder.active):
             recorder.active, recorder.returned = True, uncertainty
@@ -230,6 +235,11 @@ class VariationalGenerationMixin(GenerationMixin):
                 f"{generation_mode.value}: leave out output_uncertainty, or the assistant model or mode."
             )
         return super()._validate_generation_mode(generation_mode, generation_config, generation_mode_kwargs)
+
+    def _get_candidate_generator(self, *args, model_kwargs, **kwargs):
+        # The assistant samples as its own generation config says.
+        model_kwargs = {name: value for name, value in model_kwargs.items() if name != "num_posterior_samples"}
+        return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)

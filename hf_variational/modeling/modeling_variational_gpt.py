@@ -88,8 +88,8 @@ class VariationalGPTPreTrainedModel(LlamaPreTrainedModel):
         """
         if (gradient_checkpointing_kwargs or {}).get("use_reentrant") and self.variational_layers:
             raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a word: "
-                "use {'use_reentrant': False}."
+                "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a "
+                "word: use {'use_reentrant': False}."
             )
         super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
 
@@ -257,7 +257,7 @@ class VariationalGPTForCausalLM(
         """
         Args:
             labels: [batch, length]; position t is scored on `labels[t + 1]`, -100 is left out.
-            logits_to_keep: as in transformers: positions whose logits are computed. Everything per position follows it.
+            logits_to_keep: as in transformers: the positions whose logits (and measures) are computed.
             num_posterior_samples: S; 0 is the mean pass; `None`: 0 in eval mode, the config's in train mode.
             output_uncertainty: returns `uncertainty`; needs S >= 1.
             output_posteriors: returns `posteriors`.
@@ -266,7 +266,7 @@ class VariationalGPTForCausalLM(
                 `None`: the config's.
             free_bits: nats of KL per unit that cost nothing: a layer is charged at each token for at least
                 `free_bits * units`.
-            num_items_in_batch (in `kwargs`): target tokens of the whole accumulated batch, which the loss is divided by.
+            num_items_in_batch (in `kwargs`): target tokens of the whole accumulated batch, the loss's divisor.
 
         Raises:
             ValueError: if uncertainty is asked of a mean pass, or see `VariationalGPTModel`.
@@ -397,8 +397,8 @@ def _refuse_packed_kernels(kwargs: dict) -> None:
     for name in ("cu_seq_lens_q", "cu_seqlens_q"):
         if kwargs.get(name) is not None:
             raise ValueError(
-                f"{name} lists the sequences of one row for a kernel, and with several posterior samples there are more "
-                "rows: use num_posterior_samples of 0 or 1, or pack with position_ids."
+                f"{name} lists the sequences of one row for a kernel, and posterior samples make more rows: use "
+                "num_posterior_samples of 0 or 1, or pack with position_ids."
             )
 
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 from .posterior import PosteriorRecord
 from .sample_axis import mean_over_samples
 
-
 IGNORE_INDEX = -100
 
 
@@ -65,7 +64,7 @@ class Penalties:
 
 def shift_targets(labels: Tensor) -> Tensor:
     """The target of each position: the label of the next one, [batch, length]; -100 at the end."""
-    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:]
+    return F.pad(labels, (0, 1), value=IGNORE_INDEX)[..., 1:].contiguous()
 
 
 def attended_positions(attention_mask: Tensor | None, like: Tensor) -> Tensor:

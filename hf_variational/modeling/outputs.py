@@ -27,7 +27,7 @@ class VariationalCausalLMOutput(CausalLMOutputWithPast):
 
     Attributes:
         loss: nll + kl_weight * kl + reconstruction_weight * reconstruction, 0-dim, with labels.
-        logits: [batch, length, vocab]; log p̄ in float32 where there are posterior samples, else the mean pass's logits.
+        logits: [batch, length, vocab]; log p̄ in float32 with posterior samples, else the mean pass's logits.
         hidden_states, attentions: as usual, but with batch * S rows above the split.
         nll: negative log-likelihood per target token, nats, 0-dim, with labels.
         kl: KL divergence per target token summed over units and layers, nats, before its weight, 0-dim, with labels.

@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from .sample_axis import mean_over_samples
 
-
 # A unit whose mean KL is below this many nats has collapsed onto its prior (arXiv 2603.28219).
 ACTIVE_KL = 1e-4
 
@@ -65,8 +64,8 @@ def check_complete(records: tuple[PosteriorRecord, ...], layers: list[int]) -> N
     recorded = [record.layer for record in records]
     if sorted(recorded) != layers:
         raise RuntimeError(
-            f"The tape holds posteriors of layers {recorded}, but the variational layers are {layers}: the KL would be "
-            "incomplete. Recording hooks are installed once per model: a layer replaced after the first forward pass "
+            f"The tape holds posteriors of layers {recorded}, but the variational layers are {layers}: the KL would "
+            "be incomplete. Recording hooks are installed once per model: a layer replaced after a forward pass "
             "needs `model._output_capturing_hooks_installed = False`."
         )
 

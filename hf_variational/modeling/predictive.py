@@ -4,12 +4,11 @@ Reductions over the vocabulary run in blocks, so that no temporary grows with sa
 """
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
-
 
 # Elements of one block's temporaries: 16 MiB each in float32.
 BLOCK_ELEMENTS = 2**22
@@ -50,10 +49,11 @@ def log_mean_probability(logits: Tensor, num_samples: int) -> Tensor:
     Returns:
         [batch, length, vocab], float32 (float64 stays).
     """
-    log_probabilities = torch.log_softmax(_wide(logits), dim=-1).unflatten(0, (-1, num_samples))
-    return _log_mean_exp(log_probabilities, dim=1)
+    log_probabilities = torch.log_softmax(widen(logits), dim=-1).unflatten(0, (-1, num_samples))
+    return log_mean_exp(log_probabilities, dim=1)
 
 
+@torch.no_grad()
 def predictive_measures(logits: Tensor, num_samples: int, targets: Tensor | None = None) -> PredictiveMeasures:
     """All measures of [`PredictiveMeasures`] from the samples' logits.
 
@@ -70,7 +70,7 @@ def predictive_measures(logits: Tensor, num_samples: int, targets: Tensor | None
             f"predictive_measures needs S >= 1 samples and batch * S rows, got S = {num_samples} and "
             f"{logits.shape[0]} rows."
         )
-    samples = logits.detach().unflatten(0, (-1, num_samples))
+    samples = logits.unflatten(0, (-1, num_samples))
     batch, _, length, vocab = samples.shape
     step = max(1, BLOCK_ELEMENTS // max(1, batch * num_samples * vocab))
     pieces = []
@@ -78,18 +78,23 @@ def predictive_measures(logits: Tensor, num_samples: int, targets: Tensor | None
         piece = samples[:, :, start : start + step]
         observed = None if targets is None else targets[:, start : start + step]
         pieces.append(_measures_of_block(piece, observed))
-    names = [f.name for f in fields(PredictiveMeasures)]
-    return PredictiveMeasures(**{name: torch.cat([piece[name] for piece in pieces], dim=1) for name in names})
+    return join_measures(pieces)
+
+
+def join_measures(pieces: list[PredictiveMeasures]) -> PredictiveMeasures:
+    """Joins the measures of consecutive positions."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return PredictiveMeasures(**{name: torch.cat([piece[name] for piece in pieces], dim=1) for name in pieces[0]})
 
 
 def token_variance(log_probabilities: Tensor) -> Tensor:
     """Var_s[p_s(y)] from log p_s(y), [batch, S, ...] to [batch, ...], with 1/S and not 1/(S-1)."""
-    return _wide(log_probabilities).exp().var(dim=1, correction=0)
+    return widen(log_probabilities).exp().var(dim=1, correction=0)
 
 
-@torch.no_grad()
 def _measures_of_block(samples: Tensor, targets: Tensor | None) -> PredictiveMeasures:
-    """The measures of [batch, S, positions, vocab] logits, in blocks of the vocabulary where even one position is wide."""
+    """The measures of [batch, S, positions, vocab] logits, in blocks of the vocabulary where one position is wide."""
     batch, num_samples, positions, vocab = samples.shape
     step = max(1, min(vocab, BLOCK_ELEMENTS // max(1, batch * num_samples * positions)))
     normaliser = _log_normaliser(samples, step)
@@ -99,7 +104,7 @@ def _measures_of_block(samples: Tensor, targets: Tensor | None) -> PredictiveMea
     choice = torch.zeros_like(best, dtype=torch.long)
     for start in range(0, vocab, step):
         # A token that a processor or a mask ruled out has -inf; the clamp keeps 0 * log 0 at 0.
-        log_p = (_wide(samples[..., start : start + step]) - normaliser.unsqueeze(-1)).clamp_(min=-1e30)
+        log_p = (widen(samples[..., start : start + step]) - normaliser.unsqueeze(-1)).clamp_(min=-1e30)
         peak = log_p.amax(1, keepdim=True)
         p = (log_p - peak).exp_()
         log_mean = peak + p.mean(1, keepdim=True).log()
@@ -129,18 +134,18 @@ def _observed_variance(samples: Tensor, normaliser: Tensor, targets: Tensor | No
     if targets is None:
         return normaliser.new_full((samples.shape[0], samples.shape[2]), math.nan)
     index = targets.clamp(min=0)[:, None, :, None].expand(-1, samples.shape[1], -1, -1)
-    log_p = _wide(samples.gather(-1, index).squeeze(-1)) - normaliser
+    log_p = widen(samples.gather(-1, index).squeeze(-1)) - normaliser
     return torch.where(targets >= 0, token_variance(log_p), math.nan)
 
 
 def _log_normaliser(samples: Tensor, step: int) -> Tensor:
-    blocks = [_wide(block).logsumexp(-1) for block in samples.split(step, dim=-1)]
+    blocks = [widen(block).logsumexp(-1) for block in samples.split(step, dim=-1)]
     return blocks[0] if len(blocks) == 1 else torch.stack(blocks).logsumexp(0)
 
 
-def _log_mean_exp(values: Tensor, dim: int) -> Tensor:
+def log_mean_exp(values: Tensor, dim: int) -> Tensor:
     return values.logsumexp(dim) - math.log(values.shape[dim])
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def widen(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

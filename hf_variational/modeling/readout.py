@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .predictive import BLOCK_ELEMENTS, PredictiveMeasures, _log_mean_exp, _wide, predictive_measures
+from .predictive import BLOCK_ELEMENTS, PredictiveMeasures, join_measures, log_mean_exp, predictive_measures, widen
 
 
 @dataclass
@@ -77,11 +77,11 @@ def read_out(
             logits.append(log_mean)
         sample_logits.append(log_p)
         rest.append(others)
-    nll_sums, measures = zip(*rest)
+    nll_sums, measures = zip(*rest, strict=True)
     return Readout(
         logits=_join(logits, dim=1) if kept is None else kept,
         nll_sum=None if targets is None else torch.stack(nll_sums).sum(),
-        uncertainty=_join_measures(measures) if output_uncertainty else None,
+        uncertainty=join_measures(measures) if output_uncertainty else None,
         sample_logits=_join(sample_logits, dim=2) if output_sample_logits else None,
     )
 
@@ -89,8 +89,8 @@ def read_out(
 def _read_block(head, num_samples, objective, output_uncertainty, output_sample_logits, hidden, targets, observed):
     logits = head(hidden)
     measures = predictive_measures(logits, num_samples, observed) if output_uncertainty else None
-    log_p = torch.log_softmax(_wide(logits), dim=-1).unflatten(0, (-1, num_samples))
-    log_mean = log_p.squeeze(1) if num_samples == 1 else _log_mean_exp(log_p, dim=1)
+    log_p = torch.log_softmax(widen(logits), dim=-1).unflatten(0, (-1, num_samples))
+    log_mean = log_p.squeeze(1) if num_samples == 1 else log_mean_exp(log_p, dim=1)
     nll = None
     if targets is not None:
         chosen = log_mean.unsqueeze(1) if objective == "mc_nll" else log_p
@@ -102,7 +102,3 @@ def _read_block(head, num_samples, objective, output_uncertainty, output_sample_
 
 def _join(blocks: list[Tensor], dim: int) -> Tensor:
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=dim)
-
-
-def _join_measures(blocks: tuple[PredictiveMeasures, ...]) -> PredictiveMeasures:
-    return PredictiveMeasures(**{name: _join([b[name] for b in blocks], dim=1) for name in blocks[0]})

@@ -1,13 +1,13 @@
 """The sample axis: S posterior samples are S rows of the batch, from the first variational layer to the logits.
 
-Row `b * S + s` is sample `s` of sequence `b`. Below the split every sequence is computed once and cached once; from the
-split on each sample keeps its own keys and values, and the cache reorders, selects and repeats whole groups of S rows.
+Row `b * S + s` is sample `s` of sequence `b`. Below the split every sequence is computed once and cached once; from
+the split on each sample keeps its own keys and values, and the cache moves whole groups of S rows.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -74,7 +74,7 @@ def repeat_rows(tensor: Tensor, copies: int) -> Tensor:
 
 
 def mean_over_samples(tensor: Tensor, batch: int) -> Tensor:
-    """Averages groups of sample rows: [batch * S, ...] to [batch, ...] (a tensor of `batch` rows is returned as is)."""
+    """Averages groups of sample rows: [batch * S, ...] to [batch, ...]; a tensor of `batch` rows is returned as is."""
     return tensor if tensor.shape[0] == batch else tensor.unflatten(0, (batch, -1)).mean(1)
 
 
@@ -120,7 +120,7 @@ class SampleAxis:
         return self.batch * max(self.num_samples, 1)
 
     def expand(self, tensor: Tensor) -> Tensor:
-        """Repeats a tensor of `batch` rows to the rows above the split; one that has them already is returned as is."""
+        """Repeats a tensor of `batch` rows to the rows above the split; one that has them is returned as is."""
         return tensor if tensor.shape[0] == self.rows else repeat_rows(tensor, self.rows // tensor.shape[0])
 
     def per_token(self, tensor: Tensor, rows: int) -> Tensor:
@@ -132,7 +132,7 @@ class SampleAxis:
         return self._draw(layer, length, width, device, self.positions)
 
     def sequence_noise(self, layer: int, width: tuple[int, ...], device: torch.device) -> Tensor:
-        """Noise that lasts a sequence, [batch * S, 1, *width]: drawn when the sequence starts, then kept by the cache."""
+        """Noise that lasts a sequence, [batch * S, 1, *width]: drawn when it starts, then kept by the cache."""
         kept = self.cache.layers[layer] if self.cache is not None else None
         if kept is not None and kept.sequence_noise is not None:
             return kept.sequence_noise
@@ -201,7 +201,7 @@ def _group_rows(indices: Tensor, copies: int) -> Tensor:
     return (indices.unsqueeze(1) * copies + torch.arange(copies, device=indices.device)).flatten()
 
 
-@lru_cache(maxsize=None)
+@cache
 def _sampled_class(layer_class: type) -> type:
     return type(f"Sampled{layer_class.__name__}", (SampledCacheLayer, layer_class), {"_layer_type": None})
 
@@ -229,8 +229,8 @@ def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -
         # At the split itself a mean pass has filled the cache with the very rows that samples would have.
         if held != num_samples and not (index == split and held == 0):
             raise ValueError(
-                f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go on with "
-                f"{held}, or start again from an empty cache."
+                f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go on "
+                f"with {held}, or start again with a new cache."
             )
         if num_samples and not isinstance(layer, SampledCacheLayer):
             sampled_class = _sampled_class(type(layer))
