@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import asdict, dataclass, field, fields
-from numbers import Integral
+from numbers import Integral, Real
 
 from transformers import LlamaConfig
 
@@ -12,6 +12,11 @@ POOLS = ("mean", "sum", "sum_sqrtk")
 NOISES = ("token", "sequence")
 PRIORS = ("standard", "empirical", "centered", "autoregressive")
 OBJECTIVES = ("elbo", "mc_nll")
+
+
+def _number(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
 
 
 def _one_of(name: str, value, choices: tuple[str, ...]) -> None:
@@ -89,6 +94,9 @@ class EVEConfig:
                 )
             _whole_number("scale_rank", self.scale_rank, 1, " Use None for the full affine scale.")
         _whole_number("latent_dim", self.latent_dim, 1)
+        for item in fields(self):
+            if item.type is float or item.type == "float":
+                _number(item.name, getattr(self, item.name))
         for name in ("prior_scale", "initial_scale"):
             if not getattr(self, name) > 0 or math.isinf(getattr(self, name)):
                 raise ValueError(f"{name} must be a positive finite number, got {getattr(self, name)!r}.")
@@ -164,9 +172,12 @@ class VariationalGPTConfig(LlamaConfig):
         super().__post_init__(**kwargs)
         if isinstance(self.eve, dict):
             self.eve = EVEConfig.from_dict(self.eve)
+        elif self.eve is not None and not hasattr(self.eve, "latent_dim"):
+            raise ValueError(f"eve must be an EVEConfig, its dictionary, or None, got {self.eve!r}.")
+        _number("kl_weight", self.kl_weight)
         _one_of("objective", self.objective, OBJECTIVES)
         check_num_posterior_samples(self.num_posterior_samples)
-        if isinstance(self.kl_weight, bool) or not self.kl_weight >= 0 or math.isinf(self.kl_weight):
+        if not self.kl_weight >= 0 or math.isinf(self.kl_weight):
             raise ValueError(f"kl_weight must be a finite number of 0 or more, got {self.kl_weight!r}.")
         self.variational_layer_indices()
 
@@ -180,6 +191,10 @@ class VariationalGPTConfig(LlamaConfig):
             return []
         if self.variational_layers is None:
             return list(range(self.num_hidden_layers))
+        if not isinstance(self.variational_layers, (list, tuple)):
+            raise ValueError(
+                f"variational_layers must be a list of layer numbers or None, got {self.variational_layers!r}."
+            )
         if not self.variational_layers:
             raise ValueError("variational_layers=[] leaves nothing variational: use eve=None, or None for all layers.")
         for layer in self.variational_layers:
@@ -188,6 +203,12 @@ class VariationalGPTConfig(LlamaConfig):
                     f"variational_layers names {layer!r}, but the layers are 0 to {self.num_hidden_layers - 1}."
                 )
         return sorted(set(self.variational_layers))
+
+    @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs):
+        """As in transformers; what is variational in `kwargs` is checked like the rest."""
+        ours = {name: kwargs.pop(name) for name in cls.__annotations__ if name in kwargs}
+        return super().from_dict({**config_dict, **ours}, **kwargs)
 
     def to_dict(self) -> dict:
         """`LlamaConfig.to_dict` with the nested `EVEConfig` as a dictionary of JSON types."""

@@ -1,7 +1,11 @@
 """VariationalGPT: the Llama architecture with variational feed-forward units."""
 
+from functools import partial
+
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -80,18 +84,33 @@ class VariationalGPTPreTrainedModel(LlamaPreTrainedModel):
         """Numbers of the variational layers."""
         return self.config.variational_layer_indices()
 
-    def gradient_checkpointing_enable(self, gradient_checkpointing_kwargs: dict | None = None, **kwargs) -> None:
-        """As in transformers; refuses reentrant checkpointing, under which the KL would silently lose its gradient.
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As in transformers; a damaged weights file is named.
 
         Raises:
-            ValueError: for `use_reentrant=True` on a model with variational layers.
+            OSError: if a safetensors file is truncated or not one.
         """
-        if (gradient_checkpointing_kwargs or {}).get("use_reentrant") and self.variational_layers:
-            raise ValueError(
-                "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a "
-                "word: use {'use_reentrant': False}."
-            )
-        super().gradient_checkpointing_enable(gradient_checkpointing_kwargs, **kwargs)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        except SafetensorError as error:
+            place = str(pretrained_model_name_or_path)
+            raise OSError(
+                f"The safetensors weights of {place!r} are damaged or incomplete ({error}): "
+                "copy or download them again, or load an earlier checkpoint."
+            ) from error
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        # Under reentrant checkpointing, which is torch's default, the KL would lose its gradient without a word.
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and self.variational_layers:
+            if options.get("use_reentrant"):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a "
+                    "word: use {'use_reentrant': False}."
+                )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
 class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
@@ -305,40 +324,44 @@ class VariationalGPTForCausalLM(
         )
         if output_posteriors or scored is not None:
             check_complete(outputs.posteriors, self.variational_layers)
-        result = VariationalCausalLMOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         if num_samples == 0:
-            self._read_mean_pass(result, hidden_states, scored)
+            fields = self._read_mean_pass(hidden_states, scored)
         else:
             tokens = labels if input_ids is None else input_ids
             observed = None
             if output_uncertainty and tokens is not None:
                 observed = keep_positions(shift_targets(tokens), logits_to_keep)
             options = {"output_uncertainty": output_uncertainty, "output_sample_logits": output_sample_logits}
-            self._read_samples(result, hidden_states, num_samples, scored, observed, **options)
+            fields = self._read_samples(hidden_states, num_samples, scored, observed=observed, **options)
         if scored is not None:
-            self._add_loss(result, outputs.posteriors, scored, kl_weight, free_bits)
+            fields |= self._loss(fields["nll"], outputs.posteriors, scored, kl_weight, free_bits)
         if output_posteriors:
-            batch = result.logits.shape[0]
-            result.posteriors = {record.layer: record.statistics.over_samples(batch) for record in outputs.posteriors}
-        return result
+            batch = fields["logits"].shape[0]
+            fields["posteriors"] = {
+                record.layer: record.statistics.over_samples(batch) for record in outputs.posteriors
+            }
+        return VariationalCausalLMOutput(
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            **fields,
+        )
 
-    def _read_mean_pass(self, result: VariationalCausalLMOutput, hidden_states: Tensor, scored) -> None:
-        result.logits = self.lm_head(hidden_states)
-        if scored is not None:
-            result.nll = self.loss_function(
-                logits=result.logits,
-                labels=None,
-                shift_labels=scored.targets,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=scored.num_items,
-            )
+    def _read_mean_pass(self, hidden_states: Tensor, scored: ScoredTokens | None) -> dict:
+        logits = self.lm_head(hidden_states)
+        if scored is None:
+            return {"logits": logits}
+        nll = self.loss_function(
+            logits=logits,
+            labels=None,
+            shift_labels=scored.targets,
+            vocab_size=self.config.vocab_size,
+            num_items_in_batch=scored.num_items,
+        )
+        return {"logits": logits, "nll": nll}
 
-    def _read_samples(self, result, hidden_states: Tensor, num_samples: int, scored, observed, **options) -> None:
+    def _read_samples(self, hidden_states: Tensor, num_samples: int, scored: ScoredTokens | None, **options) -> dict:
         joined = read_out(
             hidden_states,
             self.lm_head,
@@ -346,32 +369,28 @@ class VariationalGPTForCausalLM(
             self.config.vocab_size,
             self.config.objective,
             targets=None if scored is None else scored.targets,
-            observed=observed,
             **options,
         )
-        result.logits, result.uncertainty, result.sample_logits = (
-            joined.logits,
-            joined.uncertainty,
-            joined.sample_logits,
-        )
-        if scored is not None:
-            result.nll = joined.nll_sum / scored.num_items
+        return {
+            "logits": joined.logits,
+            "nll": None if scored is None else joined.nll_sum / scored.num_items,
+            "uncertainty": joined.uncertainty,
+            "sample_logits": joined.sample_logits,
+        }
 
-    def _add_loss(self, result, records, scored: ScoredTokens, kl_weight, free_bits: float) -> None:
+    def _loss(self, nll: Tensor, records, scored: ScoredTokens, kl_weight, free_bits: float) -> dict:
         if not self.variational_layers:
-            result.loss, result.kl = result.nll, torch.zeros_like(result.nll)
-            return
-        eve = self.config.eve
-        free = free_bits * self.config.intermediate_size * eve.latent_dim
-        penalties = posterior_penalties(records, scored, free_nats=free)
-        result.kl, result.kl_per_layer, result.reconstruction = (
-            penalties.kl,
-            penalties.kl_per_layer,
-            penalties.reconstruction,
-        )
-        result.loss = result.nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
+            return {"loss": nll, "kl": torch.zeros_like(nll)}
+        penalties = posterior_penalties(records, scored, free_nats=free_bits * self.config.intermediate_size)
+        loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
         if penalties.reconstruction is not None:
-            result.loss = result.loss + eve.reconstruction_weight * penalties.reconstruction
+            loss = loss + self.config.eve.reconstruction_weight * penalties.reconstruction
+        return {
+            "loss": loss,
+            "kl": penalties.kl,
+            "kl_per_layer": penalties.kl_per_layer,
+            "reconstruction": penalties.reconstruction,
+        }
 
 
 def keep_positions(tensor: Tensor, logits_to_keep: int | Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class ScoredTokens:
         **kwargs,
     ) -> "ScoredTokens":
         """From the arguments of a forward pass; without `num_items_in_batch` the batch is taken to be whole."""
-        targets = shift_targets(labels) if shift_labels is None else shift_labels
+        targets = shift_targets(labels) if shift_labels is None else shift_labels.contiguous()
         has_target = targets != IGNORE_INDEX
         if num_items_in_batch is None:
             num_items_in_batch = has_target.sum().clamp(min=1)

@@ -65,8 +65,8 @@ def check_complete(records: tuple[PosteriorRecord, ...], layers: list[int]) -> N
     if sorted(recorded) != layers:
         raise RuntimeError(
             f"The tape holds posteriors of layers {recorded}, but the variational layers are {layers}: the KL would "
-            "be incomplete. Recording hooks are installed once per model: a layer replaced after a forward pass "
-            "needs `model._output_capturing_hooks_installed = False`."
+            "be incomplete. Replace layers before the first forward pass, which installs the recording hooks, or give "
+            "the weights to a fresh model: new = type(model)(model.config); new.load_state_dict(model.state_dict())."
         )
 
 

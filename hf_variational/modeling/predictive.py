@@ -75,9 +75,9 @@ def predictive_measures(logits: Tensor, num_samples: int, targets: Tensor | None
     step = max(1, BLOCK_ELEMENTS // max(1, batch * num_samples * vocab))
     pieces = []
     for start in range(0, length, step):
-        piece = samples[:, :, start : start + step]
+        log_p = torch.log_softmax(widen(samples[:, :, start : start + step]), dim=-1)
         observed = None if targets is None else targets[:, start : start + step]
-        pieces.append(_measures_of_block(piece, observed))
+        pieces.append(measures_of_log_probabilities(log_p, observed)[0])
     return join_measures(pieces)
 
 
@@ -93,54 +93,59 @@ def token_variance(log_probabilities: Tensor) -> Tensor:
     return widen(log_probabilities).exp().var(dim=1, correction=0)
 
 
-def _measures_of_block(samples: Tensor, targets: Tensor | None) -> PredictiveMeasures:
-    """The measures of [batch, S, positions, vocab] logits, in blocks of the vocabulary where one position is wide."""
-    batch, num_samples, positions, vocab = samples.shape
+@torch.no_grad()
+def measures_of_log_probabilities(
+    log_probabilities: Tensor, targets: Tensor | None = None
+) -> tuple[PredictiveMeasures, Tensor]:
+    """The measures of log p_s, [batch, S, positions, vocab], and log p̄, [batch, positions, vocab].
+
+    Reads the vocabulary in blocks where the positions alone would make the temporaries large.
+    """
+    batch, num_samples, positions, vocab = log_probabilities.shape
     step = max(1, min(vocab, BLOCK_ELEMENTS // max(1, batch * num_samples * positions)))
-    normaliser = _log_normaliser(samples, step)
-    zeros = normaliser.new_zeros(batch, positions)
+    zeros = log_probabilities.new_zeros(batch, positions)
     expected_entropy, information, variance = zeros.clone(), zeros.clone(), zeros.clone()
-    best = normaliser.new_full((batch, positions), -math.inf)
-    choice = torch.zeros_like(best, dtype=torch.long)
-    for start in range(0, vocab, step):
+    log_means = []
+    for block in log_probabilities.split(step, dim=-1):
         # A token that a processor or a mask ruled out has -inf; the clamp keeps 0 * log 0 at 0.
-        log_p = (widen(samples[..., start : start + step]) - normaliser.unsqueeze(-1)).clamp_(min=-1e30)
+        log_p = block.clamp(min=-1e30)
         peak = log_p.amax(1, keepdim=True)
         p = (log_p - peak).exp_()
-        log_mean = peak + p.mean(1, keepdim=True).log()
-        p.mul_(peak.exp())
+        log_mean = p.mean(1, keepdim=True).log_().add_(peak)
+        p.mul_(peak.exp_())
         mean = p.mean(1, keepdim=True)
-        expected_entropy -= (p * log_p).sum(-1).mean(1)
+        expected_entropy -= _inner(p, log_p)
         # The mean divergence of p_s from p̄ is the mutual information without a difference of two entropies.
-        information += log_p.sub_(log_mean).mul_(p).sum(-1).mean(1)
-        variance += p.sub_(mean).square_().sum(-1).mean(1)
-        top, index = log_mean.squeeze(1).max(-1)
-        better = top > best
-        best = torch.where(better, top, best)
-        choice = torch.where(better, index + start, choice)
-    flips = (samples.argmax(-1) != choice.unsqueeze(1)).to(best.dtype).mean(1)
+        information += _inner(p, log_p.sub_(log_mean))
+        p.sub_(mean)
+        variance += _inner(p, p)
+        log_means.append(log_mean.squeeze(1))
+    log_mean = log_means[0] if len(log_means) == 1 else torch.cat(log_means, dim=-1)
+    flips = log_probabilities.argmax(-1) != log_mean.argmax(-1).unsqueeze(1)
     information = information.clamp(min=0.0)
-    return PredictiveMeasures(
+    measures = PredictiveMeasures(
         predictive_entropy=(expected_entropy + information).float(),
         expected_entropy=expected_entropy.float(),
         mutual_information=information.float(),
         conditional_variance=variance.float(),
-        token_variance=_observed_variance(samples, normaliser, targets).float(),
-        top1_flip_rate=flips.float(),
+        token_variance=_observed_variance(log_probabilities, targets).float(),
+        top1_flip_rate=flips.float().mean(1),
     )
+    return measures, log_mean
 
 
-def _observed_variance(samples: Tensor, normaliser: Tensor, targets: Tensor | None) -> Tensor:
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """Sum over the vocabulary of a * b, averaged over samples, [batch, positions], without the product in memory."""
+    return torch.linalg.vecdot(a, b).mean(1)
+
+
+def _observed_variance(log_probabilities: Tensor, targets: Tensor | None) -> Tensor:
+    batch, num_samples, positions, _ = log_probabilities.shape
     if targets is None:
-        return normaliser.new_full((samples.shape[0], samples.shape[2]), math.nan)
-    index = targets.clamp(min=0)[:, None, :, None].expand(-1, samples.shape[1], -1, -1)
-    log_p = widen(samples.gather(-1, index).squeeze(-1)) - normaliser
-    return torch.where(targets >= 0, token_variance(log_p), math.nan)
-
-
-def _log_normaliser(samples: Tensor, step: int) -> Tensor:
-    blocks = [widen(block).logsumexp(-1) for block in samples.split(step, dim=-1)]
-    return blocks[0] if len(blocks) == 1 else torch.stack(blocks).logsumexp(0)
+        return log_probabilities.new_full((batch, positions), math.nan)
+    index = targets.clamp(min=0)[:, None, :, None].expand(-1, num_samples, -1, -1)
+    chosen = log_probabilities.gather(-1, index).squeeze(-1)
+    return torch.where(targets >= 0, token_variance(chosen), math.nan)
 
 
 def log_mean_exp(values: Tensor, dim: int) -> Tensor:

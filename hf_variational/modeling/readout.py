@@ -8,7 +8,14 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from .predictive import BLOCK_ELEMENTS, PredictiveMeasures, join_measures, log_mean_exp, predictive_measures, widen
+from .predictive import (
+    BLOCK_ELEMENTS,
+    PredictiveMeasures,
+    join_measures,
+    log_mean_exp,
+    measures_of_log_probabilities,
+    widen,
+)
 
 
 @dataclass
@@ -87,10 +94,12 @@ def read_out(
 
 
 def _read_block(head, num_samples, objective, output_uncertainty, output_sample_logits, hidden, targets, observed):
-    logits = head(hidden)
-    measures = predictive_measures(logits, num_samples, observed) if output_uncertainty else None
-    log_p = torch.log_softmax(widen(logits), dim=-1).unflatten(0, (-1, num_samples))
-    log_mean = log_p.squeeze(1) if num_samples == 1 else log_mean_exp(log_p, dim=1)
+    log_p = torch.log_softmax(widen(head(hidden)), dim=-1).unflatten(0, (-1, num_samples))
+    measures = log_mean = None
+    if output_uncertainty:
+        measures, log_mean = measures_of_log_probabilities(log_p, observed)
+    if log_mean is None or torch.is_grad_enabled():
+        log_mean = log_p.squeeze(1) if num_samples == 1 else log_mean_exp(log_p, dim=1)
     nll = None
     if targets is not None:
         chosen = log_mean.unsqueeze(1) if objective == "mc_nll" else log_p

@@ -7,11 +7,10 @@ the split on each sample keeps its own keys and values, and the cache moves whol
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer
 
 
 @dataclass(frozen=True)
@@ -163,18 +162,38 @@ class SampledCacheLayer:
         num_samples: S.
         copies: rows of keys and values per sequence; 1 below and at the split, S above it.
         sequence_noise: noise that lasts a sequence, [sequences * S, 1, units], or `None`.
+        layer_class: class of the cache layer underneath; `grows`: whether it is the plain growing one.
+        key_room, value_room: what the keys and values of a growing cache are the front of.
     """
 
     _layer_type = None  # keeps transformers from registering this class in its layer-type tables
     num_samples: int = 0
     copies: int = 1
     sequence_noise: Tensor | None = None
+    layer_class: type
+    grows: bool = False
+    key_room: Tensor | None = None
+    value_room: Tensor | None = None
 
     def _select(self, indices: Tensor, move: Callable[[Tensor], None]) -> None:
         move(_group_rows(indices, self.copies))
         if self.sequence_noise is not None:
             rows = _group_rows(indices, self.num_samples)
             self.sequence_noise = self.sequence_noise[rows.to(self.sequence_noise.device)]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Appends keys and values, [rows, heads, length, head_dim], and returns all of them.
+
+        Samples multiply what a growing cache holds, and a concatenation would copy all of it for each token: they are
+        written into spare room instead. Autograd, and caches that do not simply grow, keep their own way.
+        """
+        if not self.grows or torch.is_grad_enabled():
+            return super().update(key_states, value_states, *args, **kwargs)
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        self.keys, self.key_room = _append(self.keys, self.key_room, key_states)
+        self.values, self.value_room = _append(self.values, self.value_room, value_states)
+        return self.keys, self.values
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorders sequences for beam search; `beam_idx` numbers sequences, not rows."""
@@ -186,13 +205,30 @@ class SampledCacheLayer:
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeats each sequence `repeats` times."""
-        sequences = torch.arange(self.keys.shape[0] // self.copies, device=self.keys.device)
-        self.batch_select_indices(sequences.repeat_interleave(repeats))
+        if self.get_seq_length() > 0:
+            sequences = torch.arange(self.keys.shape[0] // self.copies, device=self.keys.device)
+            self.batch_select_indices(sequences.repeat_interleave(repeats))
 
     def reset(self) -> None:
         """Empties the layer; the next sequence draws its own noise."""
         super().reset()
         self.sequence_noise = None
+
+    def __reduce__(self):
+        return _with_samples, (self.layer_class, self.__dict__)
+
+
+def _append(held: Tensor, room: Tensor | None, states: Tensor) -> tuple[Tensor, Tensor]:
+    """Writes `states` behind `held`, which is the front of `room` or else moves into a new one, half as long again."""
+    start = held.shape[-2] if held.numel() else 0
+    end = start + states.shape[-2]
+    is_front = room is not None and held.data_ptr() == room.data_ptr() and held.shape[0] == room.shape[0]
+    if not is_front or room.shape[-2] < end:
+        room = states.new_empty(*states.shape[:2], end + max(end // 2, 16), states.shape[-1])
+        if start:
+            room[:, :, :start] = held
+    room[:, :, start:end] = states
+    return room[:, :, :end], room
 
 
 def _group_rows(indices: Tensor, copies: int) -> Tensor:
@@ -203,7 +239,16 @@ def _group_rows(indices: Tensor, copies: int) -> Tensor:
 
 @cache
 def _sampled_class(layer_class: type) -> type:
-    return type(f"Sampled{layer_class.__name__}", (SampledCacheLayer, layer_class), {"_layer_type": None})
+    namespace = {"_layer_type": None, "layer_class": layer_class, "grows": layer_class is DynamicLayer}
+    return type(f"Sampled{layer_class.__name__}", (SampledCacheLayer, layer_class), namespace)
+
+
+def _with_samples(layer_class: type, state: dict) -> SampledCacheLayer:
+    """A cache layer of `layer_class` with `state` that moves groups of rows."""
+    sampled_class = _sampled_class(layer_class)
+    sampled = sampled_class.__new__(sampled_class)
+    sampled.__dict__.update(state)
+    return sampled
 
 
 def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -> None:
@@ -222,20 +267,19 @@ def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -
         cache.layers.append(cache.layer_class_to_replicate())
     for index in range(split, num_layers):
         layer = cache.layers[index]
-        if isinstance(layer, SampledCacheLayer):
-            held = layer.num_samples
-        else:
-            held = 0 if layer.is_initialized else num_samples
-        # At the split itself a mean pass has filled the cache with the very rows that samples would have.
-        if held != num_samples and not (index == split and held == 0):
-            raise ValueError(
-                f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go on "
-                f"with {held}, or start again with a new cache."
-            )
-        if num_samples and not isinstance(layer, SampledCacheLayer):
-            sampled_class = _sampled_class(type(layer))
-            sampled = sampled_class.__new__(sampled_class)
-            sampled.__dict__.update(layer.__dict__)
-            sampled.num_samples = num_samples
-            sampled.copies = 1 if index == split else num_samples
-            cache.layers[index] = sampled
+        is_sampled = isinstance(layer, SampledCacheLayer)
+        held = layer.num_samples if is_sampled else 0
+        if held == num_samples:
+            continue
+        # At the split itself a mean pass has filled the cache with the very rows that samples have.
+        if index > split or held:
+            if layer.is_initialized and int(layer.get_seq_length()) > 0:
+                raise ValueError(
+                    f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go "
+                    f"on with {held}, or start again with a new cache."
+                )
+            layer.is_initialized = False  # what is allocated, if anything, is for another number of rows
+        if not is_sampled:
+            layer = cache.layers[index] = _with_samples(type(layer), layer.__dict__)
+        layer.num_samples = num_samples
+        layer.copies = 1 if index == split else max(num_samples, 1)
