@@ -3,7 +3,6 @@
 from functools import partial
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
@@ -23,6 +22,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from .configuration_variational_gpt import VariationalGPTConfig, check_num_posterior_samples
 from .eve import EVE
 from .generation import VariationalGenerationMixin
+from .loading import WholeFilesMixin
 from .objective import ScoredTokens, attended_positions, following_positions, posterior_penalties, shift_targets
 from .outputs import VariationalCausalLMOutput, VariationalModelOutput
 from .posterior import PosteriorTap, check_complete
@@ -61,7 +61,7 @@ class VariationalGPTDecoderLayer(LlamaDecoderLayer):
         return repeat_rows(hidden_states, update.shape[0] // hidden_states.shape[0]) + update
 
 
-class VariationalGPTPreTrainedModel(LlamaPreTrainedModel):
+class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
     config: VariationalGPTConfig
     config_class = VariationalGPTConfig
     _no_split_modules = ["VariationalGPTDecoderLayer"]
@@ -83,22 +83,6 @@ class VariationalGPTPreTrainedModel(LlamaPreTrainedModel):
     def variational_layers(self) -> list[int]:
         """Numbers of the variational layers."""
         return self.config.variational_layer_indices()
-
-    @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
-        """As in transformers; a damaged weights file is named.
-
-        Raises:
-            OSError: if a safetensors file is truncated or not one.
-        """
-        try:
-            return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
-        except SafetensorError as error:
-            place = str(pretrained_model_name_or_path)
-            raise OSError(
-                f"The safetensors weights of {place!r} are damaged or incomplete ({error}): "
-                "copy or download them again, or load an earlier checkpoint."
-            ) from error
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         # Under reentrant checkpointing, which is torch's default, the KL would lose its gradient without a word.

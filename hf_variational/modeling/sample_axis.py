@@ -7,6 +7,7 @@ the split on each sample keeps its own keys and values, and the cache moves whol
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
