@@ -241,6 +241,11 @@ class VariationalGenerationMixin(GenerationMixin):
         model_kwargs = {name: value for name, value in model_kwargs.items() if name != "num_posterior_samples"}
         return super()._get_candidate_generator(*args, model_kwargs=model_kwargs, **kwargs)
 
+    def _prepare_cache_for_generation(self, *args, **kwargs):
+        # transformers 5.10 keeps a static cache on the model, whose rows are those of the last call's samples.
+        self.__dict__.pop("_cache", None)
+        return super()._prepare_cache_for_generation(*args, **kwargs)
+
     def _get_stopping_criteria(self, *args, **kwargs):
         criteria = super()._get_stopping_criteria(*args, **kwargs)
         recorder = _recorder.get()

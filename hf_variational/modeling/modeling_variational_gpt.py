@@ -166,6 +166,8 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         if past_key_values is not None and self.variational_layers:
             prepare_cache(past_key_values, self.config.num_hidden_layers, split, num_samples)
         record = output_posteriors and bool(self.variational_layers)
+        if record and self.config.eve.prior == "autoregressive" and past_key_values is not None:
+            _refuse_continuation(past_key_values)
         attended = attended_positions(attention_mask, inputs_embeds) if record else None
         axis = SampleAxis(
             num_samples,
@@ -394,6 +396,16 @@ def _expand(value, axis: SampleAxis):
             "attn_implementation='sdpa' or 'eager', or num_posterior_samples=0."
         )
     return value if value.shape[0] == 1 else axis.expand(value)
+
+
+def _refuse_continuation(cache: Cache) -> None:
+    seen = int(cache.get_seq_length())
+    # The cache itself holds keys and values alone, not the posterior means that the prior goes on from.
+    if seen > 0:
+        raise ValueError(
+            f"The autoregressive prior of a position needs the posterior mean before it, and past_key_values starts "
+            f"at position {seen}: ask for labels or output_posteriors of the whole sequence, without a filled cache."
+        )
 
 
 def _refuse_packed_kernels(kwargs: dict) -> None:

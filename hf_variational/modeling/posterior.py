@@ -87,7 +87,8 @@ def unit_statistics(kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor
     def average(values: Tensor, over_latent) -> Tensor:
         values = values.expand(shape)
         values = over_latent(values) if len(shape) == 4 else values
-        return torch.einsum("rtu,rt->u", values.float(), weights.float()) / total
+        # Not a matrix product, which autocast would do in half precision.
+        return (values.float() * weights.float().unsqueeze(-1)).sum((0, 1)) / total
 
     return {
         "kl_per_unit": average(kl, lambda values: values.sum(-1)),

@@ -40,7 +40,7 @@ class CardMixin:
             super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
             # an adapter's folder is not a checkpoint of this model, and has a card of its own kind
             adapter = getattr(self, "_hf_peft_config_loaded", False)
-            if Path(save_directory).is_dir() and self.should_save_on_this_rank(is_main_process) and not adapter:
+            if is_main_process and Path(save_directory).is_dir() and not adapter:
                 write_card(self, save_directory, readme_before=_readme_before[key])
         finally:
             del _readme_before[key]
