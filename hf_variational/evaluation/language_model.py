@@ -1,0 +1,176 @@
+"""One call that evaluates a causal language model: its posterior samples and its mean pass, on the same batches."""
+
+import contextlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers.utils import logging
+
+from .streaming import IGNORED_LABEL, StreamingEvaluation, mask_repeated_rows
+
+logger = logging.get_logger(__name__)
+
+
+def _check_whole(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is a whole number of at least {least}, got {value!r}.")
+
+
+def _collate(examples: list, pad_token_id: int) -> dict[str, Tensor]:
+    """Pads on the right; takes dictionaries with `input_ids`, or bare sequences of token ids."""
+    examples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
+    length = max(len(example["input_ids"]) for example in examples)
+    batch = {}
+    for name, padding in (("input_ids", pad_token_id), ("attention_mask", 0), ("labels", IGNORED_LABEL)):
+        if name == "labels" and "labels" not in examples[0]:
+            continue
+        batch[name] = torch.full((len(examples), length), padding, dtype=torch.long)
+        for row, example in enumerate(examples):
+            values = torch.as_tensor(example.get(name, [1] * len(example["input_ids"])), dtype=torch.long)
+            batch[name][row, : len(values)] = values
+    return batch
+
+
+def _batches(data, batch_size: int, pad_token_id: int, accelerator) -> Iterable[Mapping]:
+    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
+        return data
+    indices = range(len(data))
+    if accelerator is not None:
+        # every process its own share, without repeated rows
+        indices = indices[accelerator.process_index :: accelerator.num_processes]
+    return DataLoader(
+        [data[index] for index in indices] if isinstance(data, list) else torch.utils.data.Subset(data, indices),
+        batch_size=batch_size,
+        collate_fn=lambda examples: _collate(examples, pad_token_id),
+    )
+
+
+@contextlib.contextmanager
+def _evaluating(model, keep_generator: bool, device: torch.device):
+    training = {module: module.training for module in model.modules()}
+    devices = [device] if device.type != "cpu" else []
+    kind = device.type if devices else "cuda"
+    fork = torch.random.fork_rng(devices=devices, device_type=kind, enabled=keep_generator)
+    try:
+        model.eval()
+        with torch.no_grad(), fork:
+            yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+
+
+def evaluate_language_model(
+    model,
+    data,
+    num_posterior_samples: int = 8,
+    batch_size: int = 8,
+    max_batches: int | None = None,
+    progress: bool = True,
+    *,
+    seed: int | None = None,
+    accelerator=None,
+    evaluations: dict[str, StreamingEvaluation] | None = None,
+) -> dict[str, dict]:
+    """
+    The metrics of a causal language model, for its posterior samples and for its mean pass.
+
+    Args:
+        model: A causal language model. A deterministic one (or `num_posterior_samples=0`) gets only `"mean_pass"`.
+        data (`DataLoader`, dataset or list):
+            Batches of `input_ids` [, `attention_mask`, `position_ids`, `labels`]; or a dataset of such rows or of bare
+            token ids, which is then batched here and padded on the right. Without labels every attended token is one.
+        num_posterior_samples (`int`, defaults to 8): Posterior samples of the predictive distribution.
+        batch_size (`int`, defaults to 8): Rows of a batch, when `data` is a dataset.
+        max_batches (`int`, *optional*): Stops after so many batches, and says so in the log and the conditions.
+        progress (`bool`, defaults to `True`): Whether to show a progress bar.
+        seed (`int`, *optional*):
+            Seeds the posterior noise and leaves the global generator as it was. Without it the noise comes from the
+            global generator as it stands.
+        accelerator (`accelerate.Accelerator`, *optional*):
+            In a distributed run: a dataset is divided among the processes, the rows a prepared data loader repeats are
+            left out, and the result is that of all processes. Pass a prepared data loader for FSDP and the like, where
+            all processes must make the same number of forward passes.
+        evaluations (`dict`, *optional*):
+            Filled with the `StreamingEvaluation` behind each result, for reliability diagrams.
+
+    Returns:
+        `{"samples": {...}, "mean_pass": {...}, "conditions": {...}}`, the first two with the names of `METRIC_NAMES`.
+
+    Example:
+
+    ```python
+    >>> result = evaluate_language_model(model, dataset, num_posterior_samples=8)
+    >>> result["samples"]["nll"], result["mean_pass"]["nll"]
+    ```
+    """
+    _check_whole("num_posterior_samples", num_posterior_samples, 0)
+    _check_whole("batch_size", batch_size, 1)
+    if max_batches is not None:
+        _check_whole("max_batches", max_batches, 1)
+
+    inner = getattr(model, "module", model)
+    variational = bool(getattr(inner, "variational_layers", None))
+    samples = num_posterior_samples if variational else 0
+    results = {} if evaluations is None else evaluations
+    results.clear()
+    if samples:
+        results["samples"] = StreamingEvaluation()
+    results["mean_pass"] = StreamingEvaluation()
+
+    device = next(model.parameters()).device
+    pad_token_id = getattr(inner.config, "pad_token_id", None) or 0
+    batches = _batches(data, batch_size, pad_token_id, accelerator)
+    total = len(batches) if hasattr(batches, "__len__") else None
+    if max_batches is not None:
+        total = max_batches if total is None else min(total, max_batches)
+    show = progress and (accelerator is None or accelerator.is_main_process)
+    seen, complete = 0, True
+    if seed is not None and accelerator is not None:
+        seed = seed + accelerator.process_index
+
+    with _evaluating(model, seed is not None, device), tqdm(total=total, desc="Evaluating", disable=not show) as bar:
+        # a data loader draws from the generator when it starts: seeded after that, the noise is the same for all
+        batches = iter(batches)
+        if seed is not None:
+            torch.manual_seed(seed)
+        for batch in batches:
+            if max_batches is not None and seen == max_batches:
+                complete = False
+                break
+            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
+            labels = batch.pop("labels", None)
+            if labels is None:
+                labels = batch["input_ids"]
+                if "attention_mask" in batch:
+                    labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+            if accelerator is not None and hasattr(data, "end_of_dataloader"):
+                labels = mask_repeated_rows(labels, accelerator)
+            extra = {"num_posterior_samples": 0} if variational else {}
+            out = model(**batch, **extra, use_cache=False)
+            results["mean_pass"].update(out.logits, labels)
+            if samples:
+                # the first pass's logits go before the second pass makes its own
+                del out
+                out = model(**batch, num_posterior_samples=samples, output_uncertainty=True, use_cache=False)
+                results["samples"].update(out.logits, labels, out.uncertainty)
+            del out
+            seen += 1
+            bar.update()
+
+    if not complete:
+        logger.warning(f"Evaluated the first {seen} batches only (max_batches={max_batches}): the data holds more.")
+    if accelerator is not None:
+        for name in list(results):
+            results[name] = results[name].gather(accelerator)
+    computed = {name: evaluation.compute() for name, evaluation in results.items()}
+    computed["conditions"] = {
+        "num_posterior_samples": samples,
+        "num_tokens": computed["mean_pass"]["num_tokens"],
+        "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
+        "complete": complete,
+    }
+    return computed

@@ -1,0 +1,318 @@
+"""The model card: what a checkpoint is, and what was measured on it, rendered from `model_cards/template.md`.
+
+A card states only what it is given or can read off the model: whatever nobody recorded is said to be missing.
+"""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+_MARK = re.compile(r"\n*<!-- hf_variational card ([0-9a-f]{16}): .*? -->\s*\Z", re.DOTALL)
+_MARK_TEXT = "<!-- hf_variational card {}: once edited by hand, this file is kept when the model is saved again -->"
+
+METRIC_LABELS = {
+    "nll": "NLL",
+    "perplexity": "Perplexity",
+    "accuracy": "Accuracy (next token)",
+    "expected_calibration_error": "Expected calibration error",
+    "cvar_nll": "CVaR-NLL (worst 5 %)",
+    "predictive_entropy": "Predictive entropy",
+    "expected_entropy": "Expected entropy",
+    "mutual_information": "Mutual information",
+    "conditional_variance": "Conditional variance",
+    "token_variance": "Token variance",
+    "top1_flip_rate": "Top-1 flip rate",
+    "kl": "KL",
+    "num_tokens": "Scored tokens",
+}
+_INDEXED_METRICS = ("perplexity", "accuracy", "expected_calibration_error")
+_DATA_LABELS = {"dataset": "Dataset", "data_url": "Source", "tokenizer": "Tokenizer", "training_tokens": "Tokens seen"}
+_RECIPE_LABELS = {
+    "base_model": "Started from",
+    "command": "Command",
+    "hardware": "Hardware",
+    "training_seconds": "Training time (s)",
+    "seeds": "Seeds",
+}
+# facts with a place of their own in the template or in its metadata; any other is listed under its own name
+_PLACED = {"name", "description", "data", "recipe", "license", "language", "limits", "tags"}
+
+
+def template_path() -> Path:
+    """The template: in a wheel it lies beside this module, in a checkout in `model_cards/`."""
+    packaged = Path(__file__).with_name("template.md")
+    checkout = Path(__file__).resolve().parents[2] / "model_cards" / "template.md"
+    for path in (packaged, checkout):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"The card template is missing: neither {packaged} nor {checkout} is there.")
+
+
+def model_card(
+    model,
+    facts: Mapping[str, Any] | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    *,
+    path: str = "path/to/this/folder",
+    has_code: bool = False,
+    has_tokenizer: bool = False,
+) -> str:
+    """
+    The text of a model's card, with its YAML metadata.
+
+    Args:
+        model: The model the card is about; its size and variational settings are read off it.
+        facts (`dict`, *optional*):
+            `name`, `description`, `data`, `dataset` (Hub ids), `data_url`, `tokenizer`, `training_tokens`, `recipe` (a
+            dict or YAML), `command`, `hardware`, `training_seconds`, `seeds`, `base_model` (Hub ids), `language`,
+            `license`, `limits`, `tags`. Any other key is listed under its own name.
+        metrics (`dict`, *optional*):
+            What `evaluate_language_model` returns, or several of those by the name of the text, or a flat log of the
+            Trainer (`eval_nll`, `eval_mean_pass_nll`, ...). An entry `"conditions"` says how it was measured.
+        path (`str`): What `from_pretrained` is given in the examples.
+        has_code, has_tokenizer (`bool`): Whether these lie beside the weights.
+
+    Example:
+
+    ```python
+    >>> print(model_card(model, {"data": "WikiText-2"}, evaluate_language_model(model, dataset)))
+    ```
+    """
+    from jinja2 import Environment, StrictUndefined
+
+    facts = {key: value for key, value in (facts or {}).items() if value not in (None, "", [], {})}
+    name = str(facts.get("name") or path.rstrip("/").split("/")[-1])
+    layers = list(getattr(model, "variational_layers", None) or [])
+    evaluations = _evaluations(metrics, bool(layers))
+    recipe = _yaml(facts["recipe"]) if "recipe" in facts else ""
+    environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
+    environment.filters["cell"] = lambda value: str(value).replace("|", "\\|").replace("\n", " ")
+    environment.filters["quoted"] = lambda value: json.dumps(str(value), ensure_ascii=False)
+    known = {"description": "", "data": "", "limits": "", **facts}
+    labelled = {**_DATA_LABELS, **_RECIPE_LABELS}
+    card = environment.from_string(template_path().read_text(encoding="utf-8")).render(
+        metadata=_metadata(name, facts, evaluations, layers),
+        name=name,
+        facts=known,
+        variational=bool(layers),
+        layers_text=_layers_text(layers, model.config),
+        model_rows=_model_rows(model, layers),
+        path=path,
+        has_code=has_code,
+        has_tokenizer=has_tokenizer,
+        reads_as_llama=_reads_as_llama(model),
+        generation_samples_text=_generation_samples(model),
+        data_rows=[(label, _text(facts[key])) for key, label in _DATA_LABELS.items() if key in facts],
+        recipe_rows=[(label, _text(facts[key])) for key, label in _RECIPE_LABELS.items() if key in facts],
+        recipe=recipe,
+        recipe_fence="`" * max(3, 1 + max((len(run) for run in re.findall("`+", recipe)), default=0)),
+        evaluations=evaluations,
+        note_rows=[(key, _text(value)) for key, value in facts.items() if key not in _PLACED and key not in labelled],
+        versions=_versions(),
+    )
+    card = re.sub(r"\n{3,}", "\n\n", card).strip() + "\n"
+    return f"{card}\n{_MARK_TEXT.format(_digest(card))}\n"
+
+
+def is_untouched(card: str) -> bool:
+    """Whether a card is one of ours that nobody edited. Tags that a push adds to its metadata do not count."""
+    mark = _MARK.search(card)
+    return mark is not None and _digest(card[: mark.start()]) == mark.group(1)
+
+
+def _digest(card: str) -> str:
+    from huggingface_hub import ModelCard
+
+    try:
+        parsed = ModelCard(card)
+    except Exception:  # whatever cannot be read as one of our cards was not left as we wrote it
+        return ""
+    data = {key: value for key, value in parsed.data.to_dict().items() if key != "tags"}
+    content = json.dumps(data, sort_keys=True, default=str) + "\n".join(parsed.text.strip().splitlines())
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def _metadata(name: str, facts: Mapping, evaluations: list[dict], layers: list[int]) -> str:
+    from huggingface_hub import EvalResult, ModelCardData
+
+    results = []
+    for evaluation in evaluations:
+        title = evaluation["title"] or "Evaluation data"
+        for column, values in evaluation["values"].items():
+            for metric in _INDEXED_METRICS:
+                if isinstance(values.get(metric), int | float) and math.isfinite(values[metric]):
+                    results.append(
+                        EvalResult(
+                            task_type="text-generation",
+                            dataset_type=re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "evaluation-data",
+                            dataset_name=title,
+                            metric_type=metric,
+                            metric_name=f"{METRIC_LABELS[metric]} ({column})",
+                            metric_value=float(f"{values[metric]:.6g}"),
+                        )
+                    )
+    own_tags = ["variational", "uncertainty", "eve"] if layers else ["deterministic-twin"]
+    data = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        tags=[*own_tags, *as_list(facts.get("tags"))],
+        license=facts.get("license"),
+        language=as_list(facts.get("language")) or None,
+        datasets=_hub_ids(facts.get("dataset")),
+        base_model=_hub_ids(facts.get("base_model")),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+    return data.to_yaml().strip()
+
+
+def as_list(value) -> list:
+    return list(value) if isinstance(value, list | tuple | set) else [value] if value else []
+
+
+def _hub_ids(value) -> list[str] | None:
+    """What of the value can be a name on the Hub: the Hub refuses metadata with a local path in its place."""
+    return [entry for entry in as_list(value) if re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", str(entry))] or None
+
+
+def _text(value) -> str:
+    if isinstance(value, float):
+        return f"{value:,.4g}" if abs(value) < 1e4 else f"{value:,.0f}"
+    if isinstance(value, int) and not isinstance(value, bool):
+        return f"{value:,}"
+    if isinstance(value, list | tuple | set):
+        return ", ".join(str(entry) for entry in value)
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_text(entry)}" for key, entry in value.items())
+    return " ".join(str(value).split())
+
+
+def _yaml(recipe) -> str:
+    if isinstance(recipe, str):
+        return recipe.strip()
+    import yaml
+
+    plain = json.loads(json.dumps(recipe, default=str))
+    return yaml.safe_dump(plain, sort_keys=False, allow_unicode=True).strip()
+
+
+def _layers_text(layers: list[int], config) -> str:
+    total = getattr(config, "num_hidden_layers", None)
+    if len(layers) == total:
+        return f"all {total} layers"
+    names = ", ".join(str(layer) for layer in layers)
+    return f"{len(layers)} of {total} layers (number {names}, counted from 0)"
+
+
+def _model_rows(model, layers: list[int]) -> list[tuple[str, str]]:
+    config = model.config
+    parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    total = sum(parameters.values())
+    variational = sum(count for name, count in parameters.items() if ".eve." in name)
+    share = f", of which {variational:,} ({100 * variational / total:.2f} %) are variational" if variational else ""
+    rows = [("Class", f"`{type(model).__name__}`"), ("Parameters", f"{total:,}{share}")]
+    for field, label in (
+        ("num_hidden_layers", "Layers"),
+        ("hidden_size", "Width"),
+        ("intermediate_size", "Feed-forward width"),
+        ("num_attention_heads", "Attention heads"),
+        ("num_key_value_heads", "Key-value heads"),
+        ("vocab_size", "Vocabulary"),
+        ("max_position_embeddings", "Longest context"),
+    ):
+        if getattr(config, field, None) is not None:
+            rows.append((label, f"{getattr(config, field):,}"))
+    rows.append(("Weights", str(getattr(model, "dtype", "")).removeprefix("torch.")))
+    if layers:
+        eve = getattr(config, "eve", None) or {}
+        eve = eve if isinstance(eve, Mapping) else eve.to_dict()
+        rows.append(("EVE", ", ".join(f"`{key}={value!r}`" for key, value in eve.items())))
+        for field, label in (("objective", "Objective"), ("kl_weight", "KL weight")):
+            if getattr(config, field, None) is not None:
+                rows.append((label, f"`{getattr(config, field)!r}`"))
+    return rows
+
+
+def _reads_as_llama(model) -> bool:
+    eve = getattr(model.config, "eve", None)
+    mean = eve.get("mean") if isinstance(eve, Mapping) else getattr(eve, "mean", None)
+    return getattr(model.config, "model_type", "") == "variational_gpt" and (eve is None or mean == "identity")
+
+
+def _generation_samples(model) -> str:
+    samples = getattr(getattr(model, "generation_config", None), "num_posterior_samples", None)
+    if not samples:
+        return "none (the mean pass)"
+    return f"{samples} posterior sample{'s' if samples != 1 else ''} (from the generation config)"
+
+
+def _versions() -> str:
+    names = []
+    for name in ("hf-variational", "transformers", "torch"):
+        try:
+            names.append(f"{name} {metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            names.append(name)
+    return ", ".join(names)
+
+
+def _evaluations(metrics: Mapping[str, Any] | None, variational: bool) -> list[dict]:
+    """The evaluations of a card as tables: a title, columns, rows of formatted numbers, and the conditions."""
+    if not metrics:
+        return []
+    if not any(isinstance(value, Mapping) for value in metrics.values()):
+        metrics = _from_log(metrics, variational)
+    if "samples" in metrics or "mean_pass" in metrics:
+        metrics = {"": metrics}
+    tables = []
+    for title, evaluation in metrics.items():
+        if not isinstance(evaluation, Mapping):
+            raise ValueError(
+                f"metrics[{title!r}] is {evaluation!r}; expected what `evaluate_language_model` returns, several of "
+                "those by name, or a flat log with names like eval_nll."
+            )
+        conditions = dict(evaluation.get("conditions") or {})
+        samples = conditions.get("num_posterior_samples")
+        drawn = f"{samples} posterior samples" if samples else "posterior samples"
+        names = {"samples": drawn, "mean_pass": "mean pass"}
+        values = {names[key]: evaluation[key] for key in names if evaluation.get(key)}
+        if not values:
+            raise ValueError(f"metrics[{title!r}] has neither 'samples' nor 'mean_pass', but {sorted(evaluation)}.")
+        rows = [
+            (label, [_text(column[key]) if key in column else "–" for column in values.values()])
+            for key, label in METRIC_LABELS.items()
+            if any(key in column for column in values.values())
+        ]
+        tables.append(
+            {
+                "title": title,
+                "columns": list(values),
+                "values": values,
+                "rows": rows,
+                "conditions": "; ".join(f"{key} {_text(value)}" for key, value in conditions.items()),
+            }
+        )
+    return tables
+
+
+def _from_log(log: Mapping[str, Any], variational: bool) -> dict[str, dict]:
+    found: dict[str, dict] = {"samples": {}, "mean_pass": {}}
+    for key, value in log.items():
+        name = key.removeprefix("eval_")
+        # the mean pass is all that a deterministic model has, whatever name it was logged under
+        kind = "samples" if variational and not name.startswith("mean_pass_") else "mean_pass"
+        name = name.removeprefix("mean_pass_")
+        if name in METRIC_LABELS:
+            found[kind].setdefault(name, value)
+    if not any(found.values()):
+        raise ValueError(f"None of the metrics is one a card shows: {sorted(log)}.")
+    return {key: values for key, values in found.items() if values}

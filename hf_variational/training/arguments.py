@@ -1,0 +1,131 @@
+"""Training arguments: transformers' own plus what is variational."""
+
+import math
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import TrainingArguments
+
+from .schedules import KL_SCHEDULES, kl_factor
+
+
+def _check_number(name: str, value, low: float, high: float = math.inf, open_low: bool = False) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or value > high or value < low or (open_low and value == low):
+        interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
+        raise ValueError(f"`{name}` is a number in {interval}, got {value!r}.")
+
+
+def _check_whole(name: str, value, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"`{name}` is a whole number of at least {least}, got {value!r}.")
+
+
+@dataclass
+class VariationalTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] for [`VariationalTrainer`].
+
+    Three defaults differ from transformers': `logging_nan_inf_filter` is off, because hiding a loss that is not finite
+    would hide the reason to stop (and testing for it waits for the accelerator at every step); `data_seed` follows
+    `seed`, so that the order of the data does not depend on the noise that the processes have drawn; and `use_cpu` is
+    set where several processes meet on a machine without an accelerator, which would else train apart from each other.
+
+    Args:
+        kl_schedule (`str`, defaults to `"constant"`):
+            `"constant"`, `"linear_warmup"` or `"cyclical"`: how the KL weight gets to its full value.
+        kl_weight (`float`, *optional*):
+            Full weight of the KL in the loss. `None` takes the model configuration's.
+        kl_warmup_ratio (`float`, defaults to 0.1):
+            Share of all steps over which `"linear_warmup"` rises.
+        kl_warmup_steps (`int`, defaults to 0):
+            Steps over which `"linear_warmup"` rises; 0 leaves it to `kl_warmup_ratio`.
+        kl_cycles (`int`, defaults to 4):
+            Cycles of `"cyclical"`.
+        kl_cycle_ratio (`float`, defaults to 0.5):
+            Share of each cycle over which `"cyclical"` rises.
+        free_bits (`float`, defaults to 0.0):
+            Nats a unit may spend before its KL is charged.
+        train_posterior_samples (`int`, *optional*):
+            Posterior samples of a training step. `None` takes the model configuration's; 0 trains the mean pass.
+        eval_posterior_samples (`int`, defaults to 8):
+            Posterior samples of the evaluation; 0 evaluates the mean pass only.
+        cvar_fraction (`float`, defaults to 0.05):
+            Share of the tokens, the worst predicted ones, whose mean negative log-likelihood is `eval_cvar_nll`.
+
+    Example:
+
+    ```python
+    >>> args = VariationalTrainingArguments("out", kl_schedule="linear_warmup", kl_weight=1e-4, max_steps=1000)
+    ```
+    """
+
+    kl_schedule: str = field(
+        default="constant", metadata={"help": f"Schedule of the KL weight: {', '.join(KL_SCHEDULES)}."}
+    )
+    kl_weight: float | None = field(
+        default=None, metadata={"help": "Full weight of the KL; none takes the model configuration's."}
+    )
+    kl_warmup_ratio: float = field(
+        default=0.1, metadata={"help": "Share of all steps over which the linear warm-up rises."}
+    )
+    kl_warmup_steps: int = field(
+        default=0, metadata={"help": "Steps over which the linear warm-up rises; 0 leaves it to the ratio."}
+    )
+    kl_cycles: int = field(default=4, metadata={"help": "Cycles of the cyclical schedule."})
+    kl_cycle_ratio: float = field(
+        default=0.5, metadata={"help": "Share of each cycle over which the cyclical schedule rises."}
+    )
+    free_bits: float = field(default=0.0, metadata={"help": "Nats a unit may spend before its KL is charged."})
+    train_posterior_samples: int | None = field(
+        default=None, metadata={"help": "Posterior samples in training; none takes the model configuration's."}
+    )
+    eval_posterior_samples: int = field(
+        default=8, metadata={"help": "Posterior samples in evaluation; 0 evaluates the mean pass only."}
+    )
+    cvar_fraction: float = field(
+        default=0.05, metadata={"help": "Share of the tokens, the worst predicted ones, in eval_cvar_nll."}
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False, metadata={"help": "Whether to leave losses that are not finite out of the log."}
+    )
+
+    def __post_init__(self):
+        if self.kl_schedule not in KL_SCHEDULES:
+            raise ValueError(f"kl_schedule={self.kl_schedule!r} is unknown: choose one of {', '.join(KL_SCHEDULES)}.")
+        if self.kl_weight is not None:
+            _check_number("kl_weight", self.kl_weight, 0.0)
+        _check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
+        _check_whole("kl_warmup_steps", self.kl_warmup_steps, 0)
+        _check_whole("kl_cycles", self.kl_cycles, 1)
+        _check_number("kl_cycle_ratio", self.kl_cycle_ratio, 0.0, 1.0, open_low=True)
+        _check_number("free_bits", self.free_bits, 0.0)
+        _check_whole("eval_posterior_samples", self.eval_posterior_samples, 0)
+        if self.train_posterior_samples is not None:
+            _check_whole("train_posterior_samples", self.train_posterior_samples, 0)
+        _check_number("cvar_fraction", self.cvar_fraction, 0.0, 1.0, open_low=True)
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} would replace the model's own loss, and with "
+                "it the KL: set it to 0."
+            )
+        if self.data_seed is None:
+            self.data_seed = self.seed
+        if not torch.accelerator.is_available():
+            # torch would say at every data loader that there is nothing to pin memory for
+            self.dataloader_pin_memory = False
+            self.use_cpu = self.use_cpu or int(os.environ.get("WORLD_SIZE", "1")) > 1
+        super().__post_init__()
+
+    def kl_factor(self, step: int, total_steps: int) -> float:
+        """Factor of the KL weight at an optimizer step, counted from 0."""
+        return kl_factor(
+            self.kl_schedule,
+            step,
+            total_steps,
+            warmup_steps=self.kl_warmup_steps,
+            warmup_ratio=self.kl_warmup_ratio,
+            cycles=self.kl_cycles,
+            cycle_ratio=self.kl_cycle_ratio,
+        )

@@ -1,0 +1,15 @@
+"""Names that a person wrote, checked against those that exist."""
+
+import difflib
+from collections.abc import Iterable
+
+
+def refuse_unknown(given: Iterable, known: Iterable[str], where: str) -> None:
+    """Raises `ValueError` that names what is unknown and the nearest name that is not."""
+    known = list(known)
+    for name in given:
+        if name in known:
+            continue
+        near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
+        hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
+        raise ValueError(f"{where} has the unknown key {name!r}: {hint}")

@@ -1,0 +1,249 @@
+"""Recipes: a YAML file that names model, data, tokenizer and arguments of a training run."""
+
+import dataclasses
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from .naming import refuse_unknown
+
+# Keys of the section `model` that are no fields of its configuration.
+MODEL_KEYS = ("pretrained", "attn_implementation")
+
+
+@dataclass
+class DataRecipe:
+    """
+    Section `data`.
+
+    Args:
+        train: A text source, see [`load_text`].
+        validation: A text source; the run is evaluated on it.
+        validation_fraction (`float`, defaults to 0): Share of the training blocks held out instead of `validation`.
+        block_size (`int`, defaults to 256): Tokens of a block.
+        separate_documents (`bool`, defaults to `False`): Whether documents in a block are kept apart.
+        num_proc (`int`, *optional*): Processes that tokenize.
+    """
+
+    train: str | list | dict
+    validation: str | list | dict | None = None
+    validation_fraction: float = 0.0
+    block_size: int = 256
+    separate_documents: bool = False
+    num_proc: int | None = None
+
+
+@dataclass
+class TokenizerRecipe:
+    """
+    Section `tokenizer`.
+
+    Args:
+        name (`str`, *optional*): A tokenizer's folder or its name on the Hub. Without it one is trained on the data.
+        vocab_size (`int`, defaults to 4096): Size of the vocabulary that is trained.
+        min_frequency (`int`, defaults to 2): Times a pair has to occur to become a token.
+    """
+
+    name: str | None = None
+    vocab_size: int = 4096
+    min_frequency: int = 2
+
+
+@dataclass
+class Recipe:
+    """
+    A training run.
+
+    Args:
+        model (`dict`):
+            Fields of `VariationalGPTConfig`, with `eve` a mapping of `EVEConfig` fields, or null for the deterministic
+            twin. `vocab_size` follows the tokenizer where it is not given. `pretrained` names a checkpoint of the
+            Llama architecture to start from, `attn_implementation` is transformers'.
+        data: Where the text is.
+        tokenizer: Which tokenizer.
+        arguments (`dict`): Fields of `VariationalTrainingArguments`; `output_dir` is required.
+    """
+
+    data: DataRecipe
+    arguments: dict
+    model: dict = field(default_factory=dict)
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+
+    def to_dict(self) -> dict:
+        """Plain values, which `recipe_from_dict` takes back."""
+        return dataclasses.asdict(self)
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+    """
+    Reads a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` with a YAML value, for example `arguments.max_steps=10`.
+
+    Raises:
+        ValueError: for a key that does not exist, at any level (it names the nearest that does), for one that stands
+            twice, and for a value of the wrong type.
+    """
+    import yaml
+
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no recipe {path}: give the path of a YAML file.") from None
+    try:
+        content = yaml.load(text, Loader=_loader())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is not a recipe: expected the sections data, arguments, model and tokenizer.")
+    for override in overrides:
+        _override(content, override)
+    return recipe_from_dict(content, where=str(path))
+
+
+def recipe_from_dict(content: Mapping, where: str = "The recipe") -> Recipe:
+    """Checks a recipe that was read or written by hand; see [`load_recipe`]."""
+    refuse_unknown(content, [f.name for f in dataclasses.fields(Recipe)], where)
+    for name in ("data", "arguments"):
+        if not content.get(name):
+            raise ValueError(f"{where} has no section `{name}`.")
+    for name, section in content.items():
+        if section is not None and not isinstance(section, Mapping) and name != "tokenizer":
+            raise ValueError(f"{where}: the section `{name}` is a mapping, got {section!r}.")
+    tokenizer = content.get("tokenizer") or {}
+    if isinstance(tokenizer, str):
+        tokenizer = {"name": tokenizer}
+    model, arguments = dict(content.get("model") or {}), dict(content["arguments"])
+    _check_model(model, f"{where}, section `model`,")
+    _check_arguments(arguments, f"{where}, section `arguments`,")
+    data = _build(DataRecipe, content["data"], f"{where}, section `data`,")
+    if not 0.0 <= data.validation_fraction < 1.0:
+        raise ValueError(
+            f"{where}: `validation_fraction` is a number in [0, 1), got {data.validation_fraction}: it is a share of "
+            "the training blocks."
+        )
+    if data.validation is not None and data.validation_fraction:
+        raise ValueError(f"{where}: give `validation` or `validation_fraction`, not both.")
+    return Recipe(
+        model=model,
+        data=data,
+        tokenizer=_build(TokenizerRecipe, tokenizer, f"{where}, section `tokenizer`,"),
+        arguments=arguments,
+    )
+
+
+def _build(cls, content: Mapping, where: str):
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    refuse_unknown(content, fields, where)
+    for name, spec in fields.items():
+        if name in content:
+            _check_type(name, content[name], spec.type, where)
+        elif spec.default is dataclasses.MISSING:
+            raise ValueError(f"{where} has no `{name}`.")
+    return cls(**content)
+
+
+def _check_model(model: dict, where: str) -> None:
+    from ..modeling import EVEConfig, VariationalGPTConfig
+
+    fields = {f.name: f for f in dataclasses.fields(VariationalGPTConfig) if f.init}
+    refuse_unknown(model, [*fields, *MODEL_KEYS], where)
+    for name, value in model.items():
+        if name != "eve":
+            _check_type(name, value, fields[name].type if name in fields else str, where)
+    eve = model.get("eve")
+    if eve is not None:
+        if not isinstance(eve, Mapping):
+            raise ValueError(f"{where} `eve` is a mapping, or null for the deterministic twin, got {eve!r}.")
+        known = {f.name: f for f in dataclasses.fields(EVEConfig)}
+        refuse_unknown(eve, known, f"{where} `eve`")
+        for name, value in eve.items():
+            _check_type(name, value, known[name].type, where)
+
+
+def _check_arguments(arguments: dict, where: str) -> None:
+    from .arguments import VariationalTrainingArguments
+
+    fields = {f.name: f for f in dataclasses.fields(VariationalTrainingArguments) if f.init}
+    refuse_unknown(arguments, fields, where)
+    if not arguments.get("output_dir"):
+        raise ValueError(f"{where} has no `output_dir`: name the folder the run is written to.")
+    for name, value in arguments.items():
+        _check_type(name, value, fields[name].type, where)
+
+
+def _check_type(name: str, value, annotation, where: str) -> None:
+    """Checks plain types; what is not plain is left to those who use it."""
+    options = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
+    plain = (bool, int, float, str, list, dict, type(None))
+    options = [typing.get_origin(option) or option for option in options]
+    if not all(option in plain for option in options):
+        return
+    if isinstance(value, bool):
+        fits = bool in options
+    elif isinstance(value, int):
+        fits = int in options or float in options
+    elif isinstance(value, float):
+        fits = float in options and math.isfinite(value)
+    else:
+        fits = any(isinstance(value, option) for option in options if option not in (bool, int, float))
+    if not fits:
+        names = " or ".join("null" if option is type(None) else option.__name__ for option in options)
+        raise ValueError(f"{where} `{name}` is {names}, got {value!r}.")
+
+
+def _override(content: dict, override: str) -> None:
+    import yaml
+
+    path, separator, value = override.partition("=")
+    keys = path.strip().split(".")
+    if not separator or not all(keys):
+        raise ValueError(f"{override!r} does not set a value: write section.key=value, like arguments.max_steps=10.")
+    section = content
+    for key in keys[:-1]:
+        if section.get(key) is None:
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ValueError(f"{override!r} sets a key of {key!r}, which is no section.")
+    section[keys[-1]] = yaml.load(value, Loader=_loader())
+
+
+def _loader():
+    """
+    A safe loader that refuses a key that stands twice, and reads as YAML 1.2 what PyYAML reads as 1.1: 1e-4 is a
+    number, and no, off, yes and on are words (`eval_strategy: no`).
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=deep)
+                if key in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key!r} stands twice", key_node.start_mark
+                    )
+                seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    boolean = "tag:yaml.org,2002:bool"
+    Loader.yaml_implicit_resolvers = {
+        letter: [(tag, pattern) for tag, pattern in resolvers if tag != boolean]
+        for letter, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(boolean, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    Loader.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$"),
+        list("-+.0123456789"),
+    )
+    return Loader

@@ -1,0 +1,143 @@
+"""What the training steps since the last log have measured, read on the host only when somebody asks.
+
+A row of numbers per micro-batch stays on the device. Reading them is one transfer per log, so an ordinary step never
+waits for the accelerator.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..modeling.posterior import ACTIVE_KL
+
+# Rows kept before they are added up, so that a run that never logs stays bounded.
+MAX_ROWS = 256
+
+
+class StepRecorder:
+    """
+    Sums over the micro-batches of a step and averages over the steps since the last flush.
+
+    The values added are shares of the accumulated batch (each already divided by the target tokens of the whole
+    batch), which is why the micro-batches of a step add up.
+    """
+
+    def __init__(self):
+        self.names: list[str] = []
+        self._layers: list[int] = []
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[Tensor] = []
+        self._row_steps: list[int] = []
+        self._sum: Tensor | None = None
+        self._weights: dict[int, float] = {}
+        self._statistics: dict[str, Tensor] = {}
+        self._statistics_count = 0
+
+    @torch.no_grad()
+    def add(self, step: int, values: Mapping[str, Tensor], kl_weight: float | None = None) -> None:
+        """Adds a micro-batch of `step`: 0-dim tensors under the names that are logged."""
+        row = torch.stack([value.detach().float() for value in values.values()])
+        if list(values) != self.names:
+            if self._rows or self._sum is not None:
+                raise ValueError(f"A micro-batch reported {list(values)} after others reported {self.names}.")
+            self.names = list(values)
+        self._rows.append(row)
+        self._row_steps.append(step)
+        if kl_weight is not None:
+            self._weights[step] = kl_weight
+        else:
+            self._weights.setdefault(step, 0.0)
+
+    @torch.no_grad()
+    def add_statistics(self, posteriors: Mapping) -> None:
+        """Adds the unit-level statistics of a micro-batch: `{layer: PosteriorStatistics}`."""
+        self._layers = list(posteriors)
+        layers = posteriors.values()
+        new = {
+            "posterior_scale": torch.stack([layer.scale.detach().float().mean() for layer in layers]),
+            "mean_energy": torch.stack([layer.mean_energy.detach().float().mean() for layer in layers]),
+            "kl_per_unit": torch.cat([layer.kl_per_unit.detach().float() for layer in layers]),
+        }
+        for name, value in new.items():
+            self._statistics[name] = self._statistics[name] + value if name in self._statistics else value
+        self._statistics_count += 1
+
+    @property
+    def pending(self) -> bool:
+        """Whether micro-batches were added since the last flush."""
+        return bool(self._rows)
+
+    @property
+    def full(self) -> bool:
+        """Whether it is time to `fold`."""
+        return len(self._rows) >= MAX_ROWS
+
+    def fold(self) -> None:
+        """Adds the rows up into one; call it after `first_non_finite`, which can then no longer tell them apart."""
+        if self._rows:
+            total = torch.stack(self._rows).sum(0)
+            self._sum = total if self._sum is None else self._sum + total
+            self._rows, self._row_steps = [], []
+
+    def last_is_finite(self) -> bool:
+        """Whether the last micro-batch is finite; waits for the device."""
+        return bool(self._rows[-1].isfinite().all())
+
+    def first_non_finite(self) -> tuple[int, list[str]] | None:
+        """Step and names of the first micro-batch with a value that is not finite; waits for the device."""
+        if not self._rows:
+            return None
+        finite = torch.stack(self._rows).isfinite().cpu()
+        bad = (~finite.all(1)).nonzero().flatten()
+        if not len(bad):
+            return None
+        first = int(bad[0])
+        return self._row_steps[first], [name for name, ok in zip(self.names, finite[first], strict=True) if not ok]
+
+    def non_finite_statistics(self) -> dict[str, list[int]]:
+        """Layers whose gathered statistics are not finite, by statistic."""
+        found = {}
+        for name in ("posterior_scale", "mean_energy"):
+            values = self._statistics.get(name)
+            if values is not None:
+                bad = [layer for layer, ok in zip(self._layers, values.isfinite().tolist(), strict=True) if not ok]
+                if bad:
+                    found[name] = bad
+        return found
+
+    def flush(self, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """The averages since the last flush as plain floats; forgets them."""
+        if not self._rows and self._sum is None:
+            return {}
+        self.fold()
+        parts: list[Tensor] = [self._sum / len(self._weights)]
+        for name in self._statistics:
+            parts.append(self._statistics[name] / self._statistics_count)
+        sizes = [part.numel() for part in parts]
+        values = mean_over_processes(torch.cat(parts))
+        averages, *statistics = values.split(sizes)
+        summary = [averages]
+        if statistics:
+            scale, energy, kl_per_unit = statistics
+            active = (kl_per_unit > ACTIVE_KL).float().mean()
+            summary.append(torch.stack([scale.mean(), energy.mean(), active]))
+        numbers = torch.cat(summary).tolist()
+        logs = dict(zip(self.names, numbers, strict=False))
+        if self.reports_kl:
+            logs["kl_weight"] = sum(self._weights.values()) / len(self._weights)
+        if statistics:
+            logs.update(zip(("posterior_scale", "mean_energy", "active_fraction"), numbers[-3:], strict=True))
+        self._clear()
+        return logs
+
+    @property
+    def reports_kl(self) -> bool:
+        return "kl" in self.names
+
+
+def layer_names(layers: Sequence[int]) -> list[str]:
+    """The names under which the KL of each layer is logged."""
+    return [f"kl/layer_{layer}" for layer in layers]
