@@ -59,15 +59,15 @@ class _SampleWithKL(torch.autograd.Function):
         dispersion = torch.empty_like(noise)
         kl = noise.new_empty(noise.shape[0])
         inverse_scale = torch.exp(-prior_log_scale).expand(noise.shape[1])
-        constant = prior_log_scale.expand(noise.shape[1]).sum() - 0.5 * noise.shape[1]
         for rows in _blocks(noise):
             mu = mean[rows].to(noise.dtype)
             clipped = log_scale[rows].clamp(log_scale_min, log_scale_max)
-            kl[rows] = constant - clipped.sum(-1)
-            scale = clipped.exp_()
+            scale = clipped.exp()
             torch.mul(scale, noise[rows], out=dispersion[rows])
             torch.add(mu, dispersion[rows], out=sample[rows])
-            kl[rows] += 0.5 * scale.mul_(inverse_scale).square_().sum(-1)
+            # Subtracted unit by unit: near collapse the sums over units are large and equal.
+            spread = scale.mul_(inverse_scale).square_().sub_(1.0).mul_(0.5)
+            kl[rows] = spread.sub_(clipped.sub_(prior_log_scale)).sum(-1)
             if prior_mean is not None:
                 kl[rows] += 0.5 * (mu - prior_mean).mul_(inverse_scale).square_().sum(-1)
         ctx.save_for_backward(mean, log_scale, dispersion, prior_mean, prior_log_scale)

@@ -152,6 +152,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         num_samples = self.resolve_num_samples(num_posterior_samples)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        given_position_ids = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
@@ -160,7 +161,8 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # Only a caller's can pack several sequences in a row, and looking for that waits for the device.
+            position_ids=given_position_ids,
         )
         split = self.variational_layers[0] if self.variational_layers else self.config.num_hidden_layers
         if past_key_values is not None and self.variational_layers:
