@@ -1,0 +1,302 @@
+"""`hf-variational` on the command line. It parses, calls and prints; what it calls is imported when it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from .presentation.measures import MEASURES
+
+app = typer.Typer(
+    help="Language models with variational neurons: train them, evaluate them, see how uncertain each token is.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
+
+Colouring = Enum("Colouring", {m.name: m.name for m in MEASURES})
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its name on the Hub.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint brings along.")]
+Seed = Annotated[int, typer.Option(help="Seed of the noise (and of the sampling).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ...; by default an accelerator, where there is one.")]
+
+
+def fail(message: object, code: int = 1) -> NoReturn:
+    """One line on stderr. Code 2: the arguments are wrong; 1: what they name is."""
+    typer.echo("error: " + " ".join(str(message).split()), err=True)
+    raise typer.Exit(code)
+
+
+@contextlib.contextmanager
+def reported(what: str = "", *more: type[BaseException]):
+    """Bad input is a line, not a traceback; with HF_VARIATIONAL_TRACEBACK=1 it is both."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (ValueError, OSError, SafetensorError, *more) as error:
+        if os.environ.get("HF_VARIATIONAL_TRACEBACK"):
+            raise
+        text = str(error) or type(error).__name__
+        fail(f"{what}: {text}" if what else text)
+
+
+def _whole(name: str, value: int | None, least: int) -> None:
+    if value is not None and value < least:
+        fail(f"{name} is {value}: it must be {least} or more", 2)
+
+
+def _device(name: str | None) -> str:
+    import torch
+
+    if name is None:
+        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        fail(f"--device {name} cannot be used ({str(error).splitlines()[0]}): leave it out, or try cpu", 2)
+    return name
+
+
+def _load(name: str, trust_remote_code: bool, device: str | None):
+    """The model in eval mode, its tokenizer, and whether it has variational layers."""
+    device = _device(device)
+    folder = Path(name).expanduser()
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
+    if looks_local and not folder.is_dir():
+        fail(f"{name} is no folder: give a checkpoint's folder (with config.json in it) or a name on the Hub")
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
+        hint = f"; did you mean {' or '.join(str(folder / n) for n in inside)}?" if inside else ""
+        fail(f"{name} has no config.json, so it is no checkpoint{hint}")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    import hf_variational  # noqa: F401 - registers its classes with the Auto classes
+
+    source = str(folder) if folder.is_dir() else name
+    options = {"trust_remote_code": trust_remote_code}
+    if not sys.stderr.isatty():
+        logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+    except Exception as error:
+        if os.environ.get("HF_VARIATIONAL_TRACEBACK"):
+            raise
+        # Loaders raise their own kinds of errors for damaged and foreign files; none is this program's.
+        text = " ".join(str(error).split()) or type(error).__name__
+        if "trust_remote_code" in text and not trust_remote_code:
+            fail(f"{name} brings its own code: add --trust-remote-code if you trust its author")
+        fail(f"cannot load {name}: {text[:400]}; is it a complete checkpoint, with its tokenizer beside it?")
+    return model.to(device).eval(), tokenizer, bool(getattr(model, "variational_layers", ()))
+
+
+def _samples(requested: int | None, variational: bool, name: str) -> int:
+    if requested and not variational:
+        fail(f"{name} is deterministic: it has no posterior to draw --samples {requested} from; use --samples 0", 2)
+    if requested is None:
+        return 8 if variational else 0
+    return requested
+
+
+@app.command()
+def demo(
+    text: Annotated[Path | None, typer.Option(help="Train on this text file instead of Python's reference.")] = None,
+    output: Annotated[Path, typer.Option(help="Where the results go.")] = Path("demo_output"),
+    steps: Annotated[int | None, typer.Option(help="Training steps of each model.")] = None,
+    seed: Seed = 0,
+    quick: Annotated[
+        bool, typer.Option("--quick", help="A very small model for a few steps: a try, no result.")
+    ] = False,
+) -> None:
+    """Train a deterministic and a variational model of the same size, compare them, and look at their uncertainty."""
+    _whole("--steps", steps, 1)
+    if text is not None and not text.is_file():
+        fail(f"--text {text} is no file: give a text file, or leave it out for Python's language reference", 2)
+    with reported("", FloatingPointError):
+        from .demo.program import run
+
+        run(text=text, output=output, steps=steps, seed=seed, quick=quick)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to set in the recipe.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume_from: Annotated[Path | None, typer.Option(help="Go on from this checkpoint.")] = None,
+) -> None:
+    """Train the model of a recipe. For several processes: accelerate launch training/train.py RECIPE."""
+    if not recipe.is_file():
+        fail(f"{recipe} is no file: give a YAML recipe", 2)
+    with reported("", FloatingPointError):
+        from .training.program import run
+        from .training.recipe import load_recipe
+
+        try:
+            run(load_recipe(recipe, overrides or ()), resume=str(resume_from) if resume_from else resume)
+        except KeyboardInterrupt as interrupt:
+            fail(f"{interrupt} Go on with --resume." if str(interrupt) else "interrupted", INTERRUPTED)
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on from; - reads it from the standard input.")],
+    max_new_tokens: Annotated[int, typer.Option(help="At most so many new tokens.")] = 64,
+    samples: Annotated[int | None, typer.Option(help="Posterior samples; 0 is the mean pass.  [default: 8]")] = None,
+    do_sample: Annotated[
+        bool | None, typer.Option("--do-sample/--greedy", help="Draw tokens, or take the likeliest.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0; implies --do-sample.")] = None,
+    seed: Seed = 0,
+    colour_by: Annotated[Colouring, typer.Option(help="The measure that colours the tokens.")] = "mutual_information",
+    html: Annotated[
+        Path | None, typer.Option(help="Also write a page that shows each token's measures on hover.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the tokens and their measures as JSON.")] = False,
+    trust_remote_code: Trust = False,
+    device: Device = None,
+) -> None:
+    """Generate text, each token coloured by how much the posterior samples disagree about it."""
+    _whole("--max-new-tokens", max_new_tokens, 1)
+    _whole("--samples", samples, 0)
+    if temperature is not None and not 0 < temperature < float("inf"):
+        fail(f"--temperature is {temperature}: it must be above 0; for the likeliest token use --greedy", 2)
+    if temperature is not None and do_sample is False:
+        fail(f"--temperature {temperature} has no effect with --greedy: leave one of them out", 2)
+    if html is not None and (html.is_dir() or not html.parent.is_dir()):
+        fail(f"--html {html} cannot be written: give a file in a folder that exists", 2)
+    if prompt == "-":
+        try:
+            prompt = sys.stdin.read()
+        except UnicodeDecodeError as error:
+            fail(f"--prompt - needs text, but the standard input is not valid {error.encoding}", 2)
+    if not prompt.strip():
+        fail("--prompt is empty: give some text to go on from", 2)
+    if html is not None and samples == 0:
+        fail("--html shows uncertainty, and --samples 0 has none: leave out one of them", 2)
+
+    network, tokenizer, variational = _load(model, trust_remote_code, device)
+    count = _samples(samples, variational, model)
+    if html is not None and not count:
+        fail(f"--html shows uncertainty, and {model} is deterministic: leave it out", 2)
+    from .presentation.generation import generate_annotated
+
+    with reported():
+        passage = generate_annotated(
+            network,
+            tokenizer,
+            prompt,
+            max_new_tokens=max_new_tokens,
+            num_posterior_samples=count,
+            do_sample=temperature is not None or bool(do_sample),
+            temperature=temperature,
+            seed=seed,
+        )
+        if html is not None:
+            from .presentation.html import write_page
+
+            facts = {"model": model, "posterior samples": count, "seed": seed}
+            write_page(html, [passage], facts=facts, colour_by=colour_by.value)
+    if as_json:
+        facts = {"model": model, "num_posterior_samples": count, "seed": seed}
+        typer.echo(json.dumps({**facts, **passage.to_dict()}, ensure_ascii=False, indent=1))
+        return
+    from rich.console import Console
+
+    from .presentation.terminal import panel
+
+    if not count:
+        reason = "--samples 0 is the mean pass" if variational else f"{model} is deterministic"
+        typer.echo(f"{reason}: no uncertainty to show", err=True)
+    Console().print(panel(passage, colour_by.value))
+    if html is not None:
+        typer.echo(f"wrote {html}", err=True)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Annotated[list[Path], typer.Option(help="A text file; may be given several times.")],
+    samples: Annotated[
+        int | None, typer.Option(help="Posterior samples; 0 is the mean pass alone.  [default: 8]")
+    ] = None,
+    block_size: Annotated[
+        int | None, typer.Option(help="Tokens in a block.  [default: 256, or what the model takes]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Blocks in a batch.")] = 8,
+    max_batches: Annotated[int | None, typer.Option(help="Look at so many batches of each file only.")] = None,
+    seed: Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
+    trust_remote_code: Trust = False,
+    device: Device = None,
+) -> None:
+    """Measure likelihood, calibration and uncertainty on text files, for posterior samples and for the mean pass."""
+    _whole("--samples", samples, 0)
+    _whole("--block-size", block_size, 2)
+    _whole("--batch-size", batch_size, 1)
+    _whole("--max-batches", max_batches, 1)
+    for path in data:
+        if not path.is_file():
+            fail(f"--data {path} is no file: give a text file", 2)
+    network, tokenizer, variational = _load(model, trust_remote_code, device)
+    count = _samples(samples, variational, model)
+    longest = getattr(network.config, "max_position_embeddings", None) or 256
+    import datasets
+
+    from .evaluation import evaluate_language_model
+    from .training.data import load_text, pack
+
+    datasets.disable_progress_bars()  # packing is quick; the evaluation has a bar
+    results = {}
+    for path in data:
+        with reported(str(path)):
+            blocks = pack(load_text(path), tokenizer, block_size or min(256, longest))
+            results[str(path)] = evaluate_language_model(
+                network,
+                blocks,
+                num_posterior_samples=count,
+                batch_size=batch_size,
+                max_batches=max_batches,
+                progress=sys.stderr.isatty(),
+                seed=seed,
+            )
+    if as_json:
+        typer.echo(
+            json.dumps({"model": model, "num_posterior_samples": count, "seed": seed, "data": results}, indent=1)
+        )
+        return
+    from rich.console import Console
+
+    from .presentation.terminal import comparison_table
+
+    console = Console()
+    for name, result in results.items():
+        columns = {f"{count} samples": result.get("samples"), "mean pass": result["mean_pass"]}
+        # Not wrapped: a path is to be copied.
+        title = f"{name}, {result['mean_pass']['num_tokens']:,} tokens"
+        console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
+        console.print(comparison_table({k: v for k, v in columns.items() if v is not None}), "")
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

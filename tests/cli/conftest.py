@@ -1,0 +1,55 @@
+"""A byte-level tokenizer learned in a moment, and tiny checkpoints of both kinds saved beside it."""
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from hf_variational import EVEConfig, VariationalGPTConfig, VariationalGPTForCausalLM, save_for_hub
+
+TEXT = (
+    "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
+    "A compound statement consists of one or more clauses. The for statement is used to iterate over a sequence.\n"
+) * 4
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|end|>"], show_progress=False
+    )
+    tokenizer.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+
+
+def _checkpoint(folder, tokenizer, eve):
+    torch.manual_seed(0)
+    config = VariationalGPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=64,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        initializer_range=0.3,
+        eve=eve,
+    )
+    save_for_hub(VariationalGPTForCausalLM(config), folder, tokenizer)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def eve_checkpoint(tmp_path_factory, tokenizer):
+    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "eve", tokenizer, EVEConfig(initial_scale=0.5))
+
+
+@pytest.fixture(scope="session")
+def twin_checkpoint(tmp_path_factory, tokenizer):
+    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "twin", tokenizer, None)
