@@ -49,7 +49,8 @@ class UncertaintyRecorder:
 
     def step(self, outputs) -> None:
         """Takes the measures of a forward pass whose last position is about to choose a token."""
-        self.steps.append(outputs.uncertainty.map(lambda measure: measure[:, -1]))
+        # Copies: under CUDA graphs the next step overwrites what this one returned.
+        self.steps.append(outputs.uncertainty.map(lambda measure: measure[:, -1].clone()))
         self.pending = outputs.sample_logits[:, :, -1]
 
     def chosen(self, input_ids: Tensor) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-# Elements of one block's temporaries: 16 MiB each in float32.
-BLOCK_ELEMENTS = 2**22
+# Elements of one block's temporaries: 8 MiB each in float32.
+BLOCK_ELEMENTS = 2**21
 
 
 @dataclass
