@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from ..modeling import EVEConfig, VariationalGPTForCausalLM
+from ..modeling import VariationalGPTForCausalLM
 from ..presentation.plots import Curve
 from ..training import VariationalTrainer, VariationalTrainingArguments
 from .settings import DemoSettings
@@ -54,7 +54,7 @@ def matched_models(settings: DemoSettings, tokenizer, seed: int) -> dict[str, Va
     """Both models with the same weights, but for those that only EVE has."""
     torch.manual_seed(seed)
     deterministic = VariationalGPTForCausalLM(settings.config(tokenizer, eve=None))
-    eve = VariationalGPTForCausalLM(settings.config(tokenizer, EVEConfig(initial_scale=settings.initial_scale)))
+    eve = VariationalGPTForCausalLM(settings.config(tokenizer, settings.eve))
     result = eve.load_state_dict(deterministic.state_dict(), strict=False)
     unmatched = [name for name in result.missing_keys if ".eve." not in name] + list(result.unexpected_keys)
     if unmatched:
@@ -73,6 +73,8 @@ def _train(name, model, settings: DemoSettings, training, held_out, runs: Path, 
         warmup_steps=max(1, round(settings.warmup_share * settings.steps)),
         lr_scheduler_type="cosine",
         adam_beta2=0.98,
+        kl_schedule="linear_warmup",
+        kl_warmup_ratio=1.0,
         logging_steps=max(1, settings.steps // 60),
         eval_strategy="steps",
         eval_steps=max(1, settings.steps // CURVE_POINTS),

@@ -19,8 +19,8 @@ class DemoSettings:
     num_attention_heads: int = 6
     intermediate_size: int = 512
     block_size: int = 128
-    batch_size: int = 16
-    steps: int = 240
+    batch_size: int = 8
+    steps: int = 1000
     learning_rate: float = 2e-3
     weight_decay: float = 0.1
     warmup_share: float = 0.1
@@ -29,13 +29,21 @@ class DemoSettings:
     temperature: float = 0.8
     characters: int | None = None
     initializer_range: float = 0.02
-    initial_scale: float = 0.1
-    kl_weight: float = 1e-4
+    # Noise that starts small beside the activations and grows as the KL's weight rises over the whole training: a scale
+    # that is large from the start drowns units that have learned nothing yet.
+    initial_scale: float = 0.01
+    prior_scale: float = 0.05
+    kl_weight: float = 1e-3
 
     @property
     def tokens(self) -> int:
         """Tokens each model sees in training."""
         return self.steps * self.batch_size * self.block_size
+
+    @property
+    def eve(self) -> EVEConfig:
+        """What the EVE model has and its twin has not."""
+        return EVEConfig(prior="empirical", initial_scale=self.initial_scale, prior_scale=self.prior_scale)
 
     def config(self, tokenizer, eve: EVEConfig | None) -> VariationalGPTConfig:
         return VariationalGPTConfig(
