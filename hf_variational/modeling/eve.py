@@ -55,7 +55,7 @@ class EVE(nn.Module):
             self.reconstruction_decoder = nn.Parameter(torch.empty(units))
         self.tap = PosteriorTap()
 
-    def init_weights(self, initializer_range: float) -> None:
+    def init_weights(self) -> None:
         """Starts with mu = h, sigma = `initial_scale` for every input, and the prior N(0, `prior_scale`^2)."""
         config = self.config
         init.constant_(self.log_scale, math.log(config.initial_scale))

@@ -75,7 +75,7 @@ class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
         if isinstance(module, EVE):
-            module.init_weights(self.config.initializer_range)
+            module.init_weights()
         else:
             super()._init_weights(module)
 

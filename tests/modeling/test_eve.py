@@ -27,7 +27,7 @@ def neurons(perturb: bool = True, dtype=torch.float64, **config) -> EVE:
     torch.manual_seed(0)
     eve = EVE(EVEConfig(**{"initial_scale": 0.5, **config}), UNITS, 0).to(dtype)
     with torch.no_grad():
-        eve.init_weights(0.02)
+        eve.init_weights()
         if perturb:
             for tensor in [*eve.parameters(), *eve.buffers()]:
                 tensor.add_(0.3 * torch.randn_like(tensor))
