@@ -115,6 +115,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--train", help="a text file to train on (default: the language reference)")
     parser.add_argument("--held-out", help="a text file to tune (first half) and to measure (second half) on")
+    parser.add_argument("--train-characters", type=int, help="train on the first so many characters (default: all)")
     parser.add_argument("--held-out-characters", type=int, default=400_000)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--vocab-size", type=int)
@@ -146,7 +147,8 @@ def main() -> None:
     }
     settings = replace(settings, **{name: value for name, value in chosen.items() if value})
     if options.train:
-        training, held_out = _text(options.train, None), _text(options.held_out, options.held_out_characters)
+        training = _text(options.train, options.train_characters)
+        held_out = _text(options.held_out, options.held_out_characters)
         name = Path(options.train).name
     else:
         texts = demo_texts(characters=settings.characters)
