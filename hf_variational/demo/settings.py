@@ -13,15 +13,15 @@ __all__ = ["QUICK", "DemoSettings"]
 class DemoSettings:
     """The size of both models and how long they train; `eve` is the only difference between them."""
 
-    vocab_size: int = 2048
-    hidden_size: int = 192
-    num_hidden_layers: int = 4
-    num_attention_heads: int = 6
-    intermediate_size: int = 512
+    vocab_size: int = 1024
+    hidden_size: int = 128
+    num_hidden_layers: int = 3
+    num_attention_heads: int = 4
+    intermediate_size: int = 336
     block_size: int = 128
     batch_size: int = 8
-    steps: int = 1000
-    learning_rate: float = 2e-3
+    steps: int = 1600
+    learning_rate: float = 1e-3
     weight_decay: float = 0.1
     warmup_share: float = 0.1
     posterior_samples: int = 8
@@ -29,8 +29,8 @@ class DemoSettings:
     temperature: float = 0.8
     characters: int | None = None
     initializer_range: float = 0.02
-    # Noise that starts small beside the activations and grows as the KL's weight rises over the whole training: a scale
-    # that is large from the start drowns units that have learned nothing yet.
+    # Noise that starts small beside the activations and grows as the KL's weight rises over the whole training: a
+    # scale that is large from the start drowns units that have learned nothing yet.
     initial_scale: float = 0.01
     prior_scale: float = 0.05
     kl_weight: float = 1e-3

@@ -61,6 +61,8 @@ def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> Varia
     trainer.save_state()
     if trainer.is_world_process_zero():
         _write_json(Path(args.output_dir) / METRICS_FILE, _metrics(trainer, result.metrics, evaluation))
+    # A process that leaves right after its last collective can hang in gloo's destructor.
+    trainer.accelerator.wait_for_everyone()
     return trainer
 
 

@@ -83,6 +83,7 @@ def main(output, noise, accumulation, checkpoint=None):
     }
     (output / f"result_{arguments.process_index}.json").write_text(json.dumps(result))
     torch.save(trainer.model.state_dict(), output / f"weights_{arguments.process_index}.pt")
+    trainer.accelerator.wait_for_everyone()  # see hf_variational.training.program.run
 
 
 if __name__ == "__main__":

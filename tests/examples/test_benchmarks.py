@@ -1,0 +1,81 @@
+"""The benchmarks run at toy size and say what they promise to say; what they measure there means nothing."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_variational.modeling.predictive as predictive
+import hf_variational.modeling.readout as readout
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+
+
+@pytest.fixture
+def load(monkeypatch):
+    """Imports a script of benchmarks/, whose neighbours have names that others may have too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    names = {path.stem for path in BENCHMARKS.glob("*.py")}
+    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
+    yield importlib.import_module
+    for name in names:
+        sys.modules.pop(name, None)
+    sys.modules.update(before)
+
+
+@pytest.mark.parametrize(("script", "baseline"), [("training_step", "twin"), ("generation", "twin, plain greedy")])
+def test_times(load, script, baseline, capsys):
+    main = load(script).main
+    result = main(["--tiny", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert baseline in printed
+    rows = result["rows"]
+    assert rows["baseline"]["cpu"]["wall_seconds"] > 0
+    for row in rows.values():
+        low, high = row["cpu"]["wall_ratio_range"]
+        assert 0 < low <= row["cpu"]["wall_ratio"] <= high
+    if result["machine"]["accelerator"] is None:
+        assert "not measured" in printed
+        assert all(row["accelerator"] is None for row in rows.values())
+
+
+def test_json(load, capsys):
+    load("generation").main(["--tiny", "--rounds", "1", "--only", "last", "--json"])
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed["rows"]) == ["baseline", "8 samples, last layer"]
+    assert printed["conditions"]["batch"] == 2
+
+
+def test_the_shares_of_the_layers(load):
+    top_shares = load("generation").top_shares
+    assert list(top_shares(6).values()) == [[4, 5]]
+    assert list(top_shares(12).values()) == [[8, 9, 10, 11], [9, 10, 11]]
+
+
+@pytest.mark.parametrize("method", ["tensors", "resident"])
+def test_memory(load, method, capsys, monkeypatch):
+    for module in (predictive, readout):
+        # the script changes them for good, in a process of its own
+        monkeypatch.setattr(module, "BLOCK_ELEMENTS", module.BLOCK_ELEMENTS)
+    script = load("evaluation_memory")
+    for row in script.ROWS:
+        script.main(["--tiny", "--child", row, "--method", method])
+        assert json.loads(capsys.readouterr().out)["peak"] >= (0 if method == "resident" else 1)
+
+
+def test_a_contender_is_divided_by_the_baseline_around_it(load):
+    timing = load("timing")
+    log = []
+    series = timing.interleave(
+        lambda: log.append("A"), {"b": lambda: log.append("B"), "c": lambda: log.append("C")}, 2
+    )
+    assert "".join(log) == "ABACA" * 3
+    assert len(series["b"].ratios("wall")) == 2
+    assert len(series["baseline"].ratios("wall")) == 4
+    middle = timing.Series()
+    for seconds in (1.0, 2.0, 6.0):
+        middle.add(timing.Reading(seconds, seconds), timing.Reading(1.0, 2.0))
+    assert middle.summary()["wall_ratio"] == 2.0
+    assert middle.summary()["cpu_ratio_range"] == [0.5, 3.0]
