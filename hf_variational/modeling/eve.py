@@ -10,7 +10,7 @@ from transformers import initialization as init
 from .configuration_variational_gpt import EVEConfig
 from .gaussian import gaussian_kl, sample_gaussian, sample_with_kl
 from .posterior import PosteriorRecord, PosteriorStatistics, PosteriorTap, unit_statistics
-from .sample_axis import SampleAxis
+from .sample_axis import SampleAxis, repeat_rows
 
 
 class EVE(nn.Module):
@@ -161,11 +161,11 @@ class EVE(nn.Module):
             kl = elementwise.flatten(2).sum(-1)
             if axis.statistics:
                 wide = log_scale.expand(*mean.shape[:2], *self.width)
-                weights = axis.per_token(axis.token_weights, mean.shape[0]).to(mean.device)
+                weights = repeat_rows(axis.token_weights, mean.shape[0] // axis.batch).to(mean.device)
                 per_unit = unit_statistics(elementwise, wide, mean, weights)
         reconstruction = None
         if self.config.reconstruction_weight > 0:
-            target = axis.expand(h) if z.shape[0] != h.shape[0] else h
+            target = axis.expand(h)
             decoded = z.to(kl.dtype) * self.reconstruction_decoder.to(kl.dtype)
             reconstruction = (decoded - target.detach().to(kl.dtype)).square().mean(-1)
         self.tap(PosteriorRecord(self.layer_idx, PosteriorStatistics(kl, **per_unit), reconstruction))
@@ -178,7 +178,7 @@ class EVE(nn.Module):
         if kind == "standard":
             return zero, zero
         if kind == "autoregressive":
-            follows = axis.per_token(axis.follows.to(mean.device), mean.shape[0])
+            follows = repeat_rows(axis.follows.to(mean.device), mean.shape[0] // axis.batch)
             follows = follows.reshape(*follows.shape, *[1] * (mean.ndim - 2))
             previous = F.pad(mean, [0, 0] * (mean.ndim - 2) + [1, 0])[:, :-1].to(dtype)
             prior_mean = torch.where(follows, self.config.autoregressive_coefficient * previous, zero)

@@ -27,7 +27,7 @@ from .objective import ScoredTokens, attended_positions, following_positions, po
 from .outputs import VariationalCausalLMOutput, VariationalModelOutput
 from .posterior import PosteriorTap, check_complete
 from .readout import read_out
-from .sample_axis import SampleAxis, prepare_cache, repeat_rows
+from .sample_axis import SampleAxis, prepare_cache
 from .saving import CardMixin
 
 
@@ -58,7 +58,7 @@ class VariationalGPTDecoderLayer(LlamaDecoderLayer):
         attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
         hidden_states = hidden_states + attended
         update = self.mlp(self.post_attention_layernorm(hidden_states), sample_axis)
-        return repeat_rows(hidden_states, update.shape[0] // hidden_states.shape[0]) + update
+        return sample_axis.expand(hidden_states) + update
 
 
 class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):

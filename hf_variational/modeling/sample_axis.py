@@ -121,11 +121,7 @@ class SampleAxis:
 
     def expand(self, tensor: Tensor) -> Tensor:
         """Repeats a tensor of `batch` rows to the rows above the split; one that has them is returned as is."""
-        return tensor if tensor.shape[0] == self.rows else repeat_rows(tensor, self.rows // tensor.shape[0])
-
-    def per_token(self, tensor: Tensor, rows: int) -> Tensor:
-        """Brings a [batch, length] tensor to `rows` rows."""
-        return repeat_rows(tensor, rows // tensor.shape[0])
+        return repeat_rows(tensor, self.rows // tensor.shape[0])
 
     def noise(self, layer: int, length: int, width: tuple[int, ...], device: torch.device) -> Tensor:
         """Fresh standard normal noise in float32, [batch * S, length, *width]."""
