@@ -17,26 +17,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
 import torch
 from rich.console import Console
 
 from hf_variational.demo.matched_training import matched_models, train_all
 from hf_variational.demo.settings import QUICK, DemoSettings
-from hf_variational.demo.texts import demo_texts
+from hf_variational.demo.texts import demo_texts, read_text, text_blocks
 from hf_variational.evaluation import evaluate_language_model
-from hf_variational.training.data import load_text, pack, train_tokenizer
+from hf_variational.training.data import train_tokenizer
 
 METRICS = ("nll", "expected_calibration_error", "accuracy", "mutual_information", "predictive_entropy", "cvar_nll")
-
-
-def _text(path: str, characters: int | None) -> str:
-    return "".join(row["text"] + ("\n\n" if row["ends_document"] else "") for row in load_text(path))[:characters]
-
-
-def _blocks(text: str, tokenizer, settings: DemoSettings):
-    rows = datasets.Dataset.from_dict({"text": [text], "ends_document": [True]})
-    return pack(rows, tokenizer, settings.block_size)
 
 
 def _measure(model, blocks, settings: DemoSettings) -> dict:
@@ -147,15 +137,17 @@ def main() -> None:
     }
     settings = replace(settings, **{name: value for name, value in chosen.items() if value})
     if options.train:
-        training = _text(options.train, options.train_characters)
-        held_out = _text(options.held_out, options.held_out_characters)
+        training = read_text(options.train)[: options.train_characters]
+        held_out = read_text(options.held_out)[: options.held_out_characters]
         name = Path(options.train).name
     else:
         texts = demo_texts(characters=settings.characters)
         name, training, held_out = texts.name, texts.training, texts.held_out
     tokenizer = train_tokenizer([training], settings.vocab_size)
     half = len(held_out) // 2
-    parts = [_blocks(text, tokenizer, settings) for text in (training, held_out[:half], held_out[half:])]
+    parts = [
+        text_blocks(text, tokenizer, settings.block_size) for text in (training, held_out[:half], held_out[half:])
+    ]
     console = Console(file=sys.stderr)
     result = {
         "text": name,

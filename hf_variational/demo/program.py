@@ -22,18 +22,14 @@ from ..presentation.measures import format_value, scale_maximum
 from ..presentation.plots import Reliability, training_and_calibration
 from ..presentation.terminal import comparison_table, panel
 from ..presentation.tokens import AnnotatedText
-from ..training.data import pack, train_tokenizer
+from ..training.data import train_tokenizer
 from .matched_training import Trained, matched_models, train_all
 from .output import PAGE, PICTURE, RESULTS, RUNS, check_output, check_reload, prepare_output
 from .report import files_table, sizes_table, summary, texts_table
 from .settings import QUICK, DemoSettings
-from .texts import DemoTexts, demo_texts, prompt_from
+from .texts import DemoTexts, demo_texts, prompt_from, text_blocks
 
 __all__ = ["run"]
-
-
-def _blocks(text: str, tokenizer, block_size: int):
-    return pack(datasets.Dataset.from_dict({"text": [text], "ends_document": [True]}), tokenizer, block_size)
 
 
 def _evaluate(models, blocks, settings: DemoSettings, seed: int) -> tuple[dict[str, Any], list[Reliability]]:
@@ -120,7 +116,7 @@ def run(
     texts = demo_texts(text, settings.characters)
     tokenizer = train_tokenizer([texts.training], settings.vocab_size)
     parts = {"training": texts.training, "in_domain": texts.held_out, "another_kind": texts.other}
-    blocks = {name: _blocks(part, tokenizer, settings.block_size) for name, part in parts.items()}
+    blocks = {name: text_blocks(part, tokenizer, settings.block_size) for name, part in parts.items()}
     console.print(texts_table(texts, blocks), "")
 
     prepare_output(output)

@@ -7,7 +7,16 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DemoTexts", "demo_texts", "language_reference", "prompt_from", "python_source", "split_text"]
+__all__ = [
+    "DemoTexts",
+    "demo_texts",
+    "language_reference",
+    "prompt_from",
+    "python_source",
+    "read_text",
+    "split_text",
+    "text_blocks",
+]
 
 OTHER_MODULES = ("csv", "json.decoder", "json.encoder", "heapq")
 PROMPT_TOKENS = 24
@@ -20,6 +29,22 @@ class DemoTexts:
     held_out: str
     other_name: str
     other: str
+
+
+def read_text(path: str | Path) -> str:
+    """A local text as one string, its documents a blank line apart."""
+    from ..training.data import load_text
+
+    return "".join(row["text"] + ("\n\n" if row["ends_document"] else "") for row in load_text(path))
+
+
+def text_blocks(text: str, tokenizer, block_size: int):
+    """One text packed into blocks, as a `datasets.Dataset`."""
+    import datasets
+
+    from ..training.data import pack
+
+    return pack(datasets.Dataset.from_dict({"text": [text], "ends_document": [True]}), tokenizer, block_size)
 
 
 def _paragraphs(text: str) -> list[str]:
@@ -79,11 +104,7 @@ def demo_texts(path: Path | None = None, characters: int | None = None) -> DemoT
     if path is None:
         name, text = "Python's language reference", language_reference()
     else:
-        from ..training.data import load_text
-
-        pieces = load_text(path)
-        name = Path(path).name
-        text = "".join(row["text"] + ("\n\n" if row["ends_document"] else "") for row in pieces)
+        name, text = Path(path).name, read_text(path)
     text = text[:characters]
     training, held_out = split_text(text)
     if len(held_out) < 500:
