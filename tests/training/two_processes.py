@@ -5,6 +5,7 @@ Usage: two_processes.py OUTPUT given|own ACCUMULATION [CHECKPOINT]
 
 import hashlib
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -83,7 +84,9 @@ def main(output, noise, accumulation, checkpoint=None):
     }
     (output / f"result_{arguments.process_index}.json").write_text(json.dumps(result))
     torch.save(trainer.model.state_dict(), output / f"weights_{arguments.process_index}.pt")
-    trainer.accelerator.wait_for_everyone()  # see hf_variational.training.program.run
+    trainer.accelerator.wait_for_everyone()
+    # gloo's threads now and then hang or abort an interpreter that shuts down; everything is on disk by now.
+    os._exit(0)
 
 
 if __name__ == "__main__":
