@@ -1,6 +1,7 @@
 """What a checkpoint needs: configuration, models, and the mathematics they run on."""
 
-from .configuration_variational_gpt import EVEConfig, VariationalGPTConfig
+from .attention import AttentionPosterior
+from .configuration_variational_gpt import EVEConfig, VariationalAttentionConfig, VariationalGPTConfig
 from .eve import EVE
 from .generation import UncertaintyStoppingCriteria, VariationalGenerationMixin
 from .modeling_variational_gpt import VariationalGPTForCausalLM, VariationalGPTModel, VariationalGPTPreTrainedModel
@@ -10,17 +11,20 @@ from .outputs import (
     VariationalGenerateOutput,
     VariationalModelOutput,
 )
-from .posterior import PosteriorStatistics
+from .posterior import AttentionStatistics, PosteriorStatistics
 from .predictive import PredictiveMeasures, log_mean_probability, predictive_measures
 from .sample_axis import NoiseRequest, posterior_noise
 
 __all__ = [
+    "AttentionPosterior",
+    "AttentionStatistics",
     "EVE",
     "EVEConfig",
     "NoiseRequest",
     "PosteriorStatistics",
     "PredictiveMeasures",
     "UncertaintyStoppingCriteria",
+    "VariationalAttentionConfig",
     "VariationalCausalLMOutput",
     "VariationalGPTConfig",
     "VariationalGPTForCausalLM",

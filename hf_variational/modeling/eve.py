@@ -168,7 +168,8 @@ class EVE(nn.Module):
             target = axis.expand(h)
             decoded = z.to(kl.dtype) * self.reconstruction_decoder.to(kl.dtype)
             reconstruction = (decoded - target.detach().to(kl.dtype)).square().mean(-1)
-        self.tap(PosteriorRecord(self.layer_idx, PosteriorStatistics(kl, **per_unit), reconstruction))
+        statistics = PosteriorStatistics(kl, **per_unit)
+        self.tap(PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction))
 
     def _prior(self, mean: Tensor, axis: SampleAxis) -> tuple[Tensor | None, Tensor]:
         """Mean (`None`: the posterior's own) and log-scale of the prior, broadcastable to `mean`."""

@@ -8,20 +8,16 @@ from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
-    LlamaDecoderLayer,
-    LlamaMLP,
-    LlamaRMSNorm,
-    LlamaRotaryEmbedding,
-)
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaRMSNorm, LlamaRotaryEmbedding
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
+from .attention import AttentionPosterior
 from .configuration_variational_gpt import VariationalGPTConfig, check_num_posterior_samples
 from .eve import EVE
 from .generation import VariationalGenerationMixin
+from .layers_variational_gpt import VariationalGPTDecoderLayer
 from .loading import WholeFilesMixin
 from .objective import ScoredTokens, attended_positions, following_positions, posterior_penalties, shift_targets
 from .outputs import VariationalCausalLMOutput, VariationalModelOutput
@@ -31,41 +27,14 @@ from .sample_axis import SampleAxis, prepare_cache
 from .saving import CardMixin
 
 
-class VariationalGPTMLP(LlamaMLP):
-    """A Llama feed-forward layer whose units are EVE neurons: W_out z instead of W_out h."""
-
-    def __init__(self, config: VariationalGPTConfig, layer_idx: int):
-        super().__init__(config)
-        self.eve = EVE(config.eve, config.intermediate_size, layer_idx)
-
-    def forward(self, x: Tensor, sample_axis: SampleAxis) -> Tensor:
-        h = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.eve(h, sample_axis))
-
-
-class VariationalGPTDecoderLayer(LlamaDecoderLayer):
-    """A Llama decoder layer, variational or not; in the first variational one the rows split, after its attention."""
-
-    def __init__(self, config: VariationalGPTConfig, layer_idx: int):
-        super().__init__(config, layer_idx)
-        self.is_variational = layer_idx in config.variational_layer_indices()
-        if self.is_variational:
-            self.mlp = VariationalGPTMLP(config, layer_idx)
-
-    def forward(self, hidden_states: Tensor, sample_axis: SampleAxis | None = None, **kwargs) -> Tensor:
-        if not self.is_variational:
-            return super().forward(hidden_states, **kwargs)
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        update = self.mlp(self.post_attention_layernorm(hidden_states), sample_axis)
-        return sample_axis.expand(hidden_states) + update
-
-
 class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
     config: VariationalGPTConfig
     config_class = VariationalGPTConfig
     _no_split_modules = ["VariationalGPTDecoderLayer"]
-    _keep_in_fp32_modules_strict = ["log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"]
+    _keep_in_fp32_modules_strict = [
+        *("log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"),
+        *("raw", "network_in", "network_bias", "network_out"),
+    ]
     _can_record_outputs = {
         "hidden_states": VariationalGPTDecoderLayer,
         "attentions": LlamaAttention,
@@ -74,15 +43,21 @@ class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        if isinstance(module, EVE):
+        if isinstance(module, (EVE, AttentionPosterior)):
             module.init_weights()
         else:
             super()._init_weights(module)
 
     @property
     def variational_layers(self) -> list[int]:
-        """Numbers of the variational layers."""
+        """Numbers of the layers where anything is variational."""
         return self.config.variational_layer_indices()
+
+    @property
+    def posterior_sites(self) -> list[tuple[int, str]]:
+        """(layer, site) of each posterior, site `"ffn"` or `"attention"`."""
+        units = [(layer, "ffn") for layer in self.config.eve_layer_indices()]
+        return units + [(layer, "attention") for layer in self.config.attention_layer_indices()]
 
     def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
         # Under reentrant checkpointing, which is torch's default, the KL would lose its gradient without a word.
@@ -153,8 +128,8 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         given_position_ids = position_ids
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         causal_mask = create_causal_mask(
             config=self.config,
@@ -168,7 +143,12 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         if past_key_values is not None and self.variational_layers:
             prepare_cache(past_key_values, self.config.num_hidden_layers, split, num_samples)
         record = output_posteriors and bool(self.variational_layers)
-        if record and self.config.eve.prior == "autoregressive" and past_key_values is not None:
+        if (
+            record
+            and self.config.eve is not None
+            and self.config.eve.prior == "autoregressive"
+            and past_key_values is not None
+        ):
             _refuse_continuation(past_key_values)
         attended = attended_positions(attention_mask, inputs_embeds) if record else None
         axis = SampleAxis(
@@ -180,6 +160,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
             token_weights=attended if token_weights is None else token_weights,
             follows=following_positions(attended, position_ids) if record else None,
             cache=past_key_values if num_samples else None,
+            seen=seen,
         )
         per_row = {
             "attention_mask": causal_mask,
@@ -212,8 +193,9 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         check_num_posterior_samples(num_posterior_samples)
         if num_posterior_samples and not self.variational_layers:
             raise ValueError(
-                f"num_posterior_samples={num_posterior_samples}, but this model has no variational layer (eve=None): "
-                "use num_posterior_samples=0, or a config with an EVEConfig."
+                f"num_posterior_samples={num_posterior_samples}, but this model has no variational layer (eve=None, "
+                "attention=None): use num_posterior_samples=0, or a config with an EVEConfig or a "
+                "VariationalAttentionConfig."
             )
         return num_posterior_samples
 
@@ -311,7 +293,7 @@ class VariationalGPTForCausalLM(
             **kwargs,
         )
         if output_posteriors or scored is not None:
-            check_complete(outputs.posteriors, self.variational_layers)
+            check_complete(outputs.posteriors, self.posterior_sites)
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         if num_samples == 0:
             fields = self._read_mean_pass(hidden_states, scored)
@@ -326,9 +308,12 @@ class VariationalGPTForCausalLM(
             fields |= self._loss(fields["nll"], outputs.posteriors, scored, kl_weight, free_bits)
         if output_posteriors:
             batch = fields["logits"].shape[0]
-            fields["posteriors"] = {
-                record.layer: record.statistics.over_samples(batch) for record in outputs.posteriors
-            }
+            for name, site in (("posteriors", "ffn"), ("attention_posteriors", "attention")):
+                fields[name] = {
+                    record.layer: record.statistics.over_samples(batch)
+                    for record in outputs.posteriors
+                    if record.site == site
+                }
         return VariationalCausalLMOutput(
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
@@ -369,7 +354,7 @@ class VariationalGPTForCausalLM(
     def _loss(self, nll: Tensor, records, scored: ScoredTokens, kl_weight, free_bits: float) -> dict:
         if not self.variational_layers:
             return {"loss": nll, "kl": torch.zeros_like(nll)}
-        penalties = posterior_penalties(records, scored, free_nats=free_bits * self.config.intermediate_size)
+        penalties = posterior_penalties(records, scored, free_bits)
         loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
         if penalties.reconstruction is not None:
             loss = loss + self.config.eve.reconstruction_weight * penalties.reconstruction

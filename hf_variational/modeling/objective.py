@@ -85,30 +85,39 @@ def following_positions(attended: Tensor, position_ids: Tensor) -> Tensor:
 
 
 def posterior_penalties(
-    records: tuple[PosteriorRecord, ...], scored: ScoredTokens, free_nats: float = 0.0
+    records: tuple[PosteriorRecord, ...], scored: ScoredTokens, free_bits: float = 0.0
 ) -> Penalties:
     """Sums the KL over the tokens that carry it, divided by the number of target tokens of the whole batch.
 
     Args:
-        records: the tape, one record a layer, at least one.
+        records: the tape, at least one record.
         scored: the target tokens.
-        free_nats: what a token may spend in each layer at no cost and no gradient (free bits, Kingma et al. 2016).
+        free_bits: nats that a unit may spend at a token at no cost and no gradient (free bits, Kingma et al. 2016): a
+            record is charged at each token for at least `free_bits` times its units.
     """
     batch, device = scored.weights.shape[0], scored.weights.device
 
     def per_target(values: Tensor) -> Tensor:
-        return (mean_over_samples(values, batch).to(device) * scored.weights).sum() / scored.num_items
+        return (values.to(device) * scored.weights).sum() / scored.num_items
 
-    kl_per_layer = torch.stack([per_target(record.statistics.kl) for record in records])
-    charged = kl_per_layer.sum()
-    if free_nats > 0:
-        over_samples = [mean_over_samples(record.statistics.kl, batch) for record in records]
-        charged = torch.stack([per_target(kl.clamp(min=free_nats)) for kl in over_samples]).sum()
-    errors = [per_target(record.reconstruction) for record in records if record.reconstruction is not None]
-    kl_per_layer = kl_per_layer.detach() if free_nats > 0 else kl_per_layer
+    spent = {}
+    charged = []
+    for record in records:
+        kl = mean_over_samples(record.statistics.kl, batch)
+        if free_bits > 0:
+            charged.append(per_target(kl.clamp(min=free_bits * record.units)))
+            kl = kl.detach()
+        value = per_target(kl)
+        spent[record.layer] = spent[record.layer] + value if record.layer in spent else value
+    kl_per_layer = torch.stack([spent[layer] for layer in sorted(spent)])
+    errors = [
+        per_target(mean_over_samples(record.reconstruction, batch))
+        for record in records
+        if record.reconstruction is not None
+    ]
     return Penalties(
         kl=kl_per_layer.sum(),
         kl_per_layer=kl_per_layer,
-        charged_kl=charged,
+        charged_kl=torch.stack(charged).sum() if charged else kl_per_layer.sum(),
         reconstruction=torch.stack(errors).sum() if errors else None,
     )

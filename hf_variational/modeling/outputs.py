@@ -6,7 +6,7 @@ from torch import Tensor
 from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-from .posterior import PosteriorRecord, PosteriorStatistics
+from .posterior import AttentionStatistics, PosteriorRecord, PosteriorStatistics
 from .predictive import PredictiveMeasures
 
 
@@ -15,7 +15,7 @@ class VariationalModelOutput(BaseModelOutputWithPast):
     """`BaseModelOutputWithPast`, whose rows above the split are batch * S (row `b * S + s` is sample s of sequence b).
 
     Attributes:
-        posteriors: one [`PosteriorRecord`] a variational layer, with `output_posteriors=True`.
+        posteriors: one [`PosteriorRecord`] a posterior, with `output_posteriors=True`.
     """
 
     posteriors: tuple[PosteriorRecord, ...] | None = None
@@ -30,11 +30,13 @@ class VariationalCausalLMOutput(CausalLMOutputWithPast):
         logits: [batch, length, vocab]; log p̄ in float32 with posterior samples, else the mean pass's logits.
         hidden_states, attentions: as usual, but with batch * S rows above the split.
         nll: negative log-likelihood per target token, nats, 0-dim, with labels.
-        kl: KL divergence per target token summed over units and layers, nats, before its weight, 0-dim, with labels.
+        kl: KL divergence per target token summed over units, heads and layers, nats, before its weight, 0-dim, with
+            labels.
         kl_per_layer: the same per variational layer, [variational layers], with labels.
         reconstruction: local reconstruction error per target token summed over layers, 0-dim, where the units have it.
         uncertainty: [`PredictiveMeasures`], each [batch, length], with `output_uncertainty=True`.
-        posteriors: layer number to [`PosteriorStatistics`], with `output_posteriors=True`.
+        posteriors: layer number to [`PosteriorStatistics`] of its feed-forward units, with `output_posteriors=True`.
+        attention_posteriors: layer number to [`AttentionStatistics`], with `output_posteriors=True`.
         sample_logits: log-probabilities of each sample, [batch, S, length, vocab], with `output_sample_logits=True`.
     """
 
@@ -44,6 +46,7 @@ class VariationalCausalLMOutput(CausalLMOutputWithPast):
     reconstruction: Tensor | None = None
     uncertainty: PredictiveMeasures | None = None
     posteriors: dict[int, PosteriorStatistics] | None = None
+    attention_posteriors: dict[int, AttentionStatistics] | None = None
     sample_logits: Tensor | None = None
 
 

@@ -38,14 +38,49 @@ class PosteriorStatistics:
 
 
 @dataclass
+class AttentionStatistics:
+    """Statistics of one layer's posterior over attention weights.
+
+    Attributes:
+        kl: KL divergence from the prior summed over heads and keys, averaged over posterior samples, nats,
+            [batch, length].
+        kl_per_head: the same per head, averaged over the tokens that carry KL, [heads].
+        scale: posterior scale sigma per head, likewise averaged, [heads]; of Gaussian attention.
+        concentration: posterior concentration a per head, likewise averaged, [heads]; of Dirichlet attention.
+        entropy: entropy of the weights (of the mean in the mean pass) per head, likewise averaged, nats, [heads].
+        effective_keys: effective number of keys exp(entropy) per head, likewise averaged, [heads].
+    """
+
+    kl: Tensor
+    kl_per_head: Tensor | None = None
+    scale: Tensor | None = None
+    concentration: Tensor | None = None
+    entropy: Tensor | None = None
+    effective_keys: Tensor | None = None
+
+    def over_samples(self, batch: int) -> "AttentionStatistics":
+        """The same with the rows of `kl` averaged over posterior samples, to [batch, length]."""
+        return replace(self, kl=mean_over_samples(self.kl, batch))
+
+
+@dataclass
 class PosteriorRecord:
-    """What a layer hands to the tape: its number, its statistics, and the error of its local reconstruction.
+    """What a posterior hands to the tape.
 
     `statistics.kl` and `reconstruction` have one row per row of the layer, [rows, length].
+
+    Attributes:
+        layer: number of the layer.
+        statistics: of the posterior.
+        units: how many latents a token has here (feed-forward units, or attention heads): free bits are per unit.
+        site: `"ffn"` or `"attention"`.
+        reconstruction: error of the local reconstruction.
     """
 
     layer: int
-    statistics: PosteriorStatistics
+    statistics: PosteriorStatistics | AttentionStatistics
+    units: int
+    site: str = "ffn"
     reconstruction: Tensor | None = None
 
 
@@ -59,14 +94,17 @@ class PosteriorTap(nn.Module):
         return record
 
 
-def check_complete(records: tuple[PosteriorRecord, ...], layers: list[int]) -> None:
-    """Raises `RuntimeError` unless the tape holds one record of each of `layers`: a KL must never go missing."""
-    recorded = [record.layer for record in records]
-    if sorted(recorded) != layers:
+def check_complete(records: tuple[PosteriorRecord, ...], expected: list[tuple[int, str]]) -> None:
+    """Raises `RuntimeError` unless the tape holds one record of each expected (layer, site): a KL must never go
+    missing.
+    """
+    recorded = [(record.layer, record.site) for record in records]
+    if sorted(recorded) != sorted(expected):
         raise RuntimeError(
-            f"The tape holds posteriors of layers {recorded}, but the variational layers are {layers}: the KL would "
-            "be incomplete. Replace layers before the first forward pass, which installs the recording hooks, or give "
-            "the weights to a fresh model: new = type(model)(model.config); new.load_state_dict(model.state_dict())."
+            f"The tape holds posteriors of (layer, site) {recorded}, but those of {sorted(expected)} are expected: "
+            "the KL would be incomplete. Replace layers before the first forward pass, which installs the recording "
+            "hooks, or give the weights to a fresh model: new = type(model)(model.config); "
+            "new.load_state_dict(model.state_dict())."
         )
 
 

@@ -23,9 +23,12 @@ class NoiseRequest:
         batch: number of sequences.
         num_samples: posterior samples S.
         positions: position ids of the tokens, [batch, length]; `None` for `noise="sequence"`.
-        shape: of the answer, [batch * S, length, units] (a last axis for a latent width above 1); length is 1 for
-            `noise="sequence"`. Row `b * S + s` is sample `s` of sequence `b`.
+        shape: of the answer. Of feed-forward units [batch * S, length, units] (a last axis for a latent width above
+            1), where length is 1 for `noise="sequence"`; of attention weights [batch * S, heads, length, keys, draws].
+            Row `b * S + s` is sample `s` of sequence `b`.
         device: of the answer.
+        site: `"ffn"` or `"attention"`: where in the layer.
+        key_positions: position ids of the keys, [batch, keys], for attention; meaningless where a key is masked.
     """
 
     layer: int
@@ -34,6 +37,8 @@ class NoiseRequest:
     positions: Tensor | None
     shape: tuple[int, ...]
     device: torch.device
+    site: str = "ffn"
+    key_positions: Tensor | None = None
 
 
 NoiseSource = Callable[[NoiseRequest], Tensor]
@@ -91,6 +96,7 @@ class SampleAxis:
         token_weights: [batch, length], 1 at the positions that carry KL (the statistics are means over them).
         follows: [batch, length], true where the position continues the sequence of the one before it.
         cache: the cache, for the noise that lasts a sequence.
+        seen: tokens that the cache held before this pass.
     """
 
     def __init__(
@@ -103,6 +109,7 @@ class SampleAxis:
         token_weights: Tensor | None = None,
         follows: Tensor | None = None,
         cache: Cache | None = None,
+        seen: Tensor | int = 0,
     ):
         self.num_samples = num_samples
         self.batch = batch
@@ -112,6 +119,7 @@ class SampleAxis:
         self.token_weights = token_weights
         self.follows = follows
         self.cache = cache
+        self.seen = seen
         self.noise_source = _noise_source
 
     @property
@@ -137,19 +145,43 @@ class SampleAxis:
             kept.sequence_noise = noise
         return noise
 
+    def attention_noise(self, layer: int, shape: tuple[int, int, int, int], device: torch.device) -> Tensor | None:
+        """What the noise source supplies for attention weights, [batch * S, *shape], shape [heads, length, keys,
+        draws]; `None` without a source: the sampler then draws from the global generator.
+        """
+        if self.noise_source is None or self.num_samples == 0:
+            return None
+        positions = self.positions.expand(self.batch, -1)
+        _, length, keys, _ = shape
+        if length == keys and int(self.seen) == 0:
+            key_positions = positions
+        else:
+            end = int(self.seen) + length
+            # A sliding cache holds the last keys, every other one holds them from the start.
+            index = torch.arange(keys, device=positions.device) + max(0, end - keys)
+            key_positions = positions[:, -1:] - (end - 1) + index
+        return self._ask(
+            NoiseRequest(
+                layer, self.batch, self.num_samples, positions, (self.rows, *shape), device, "attention", key_positions
+            )
+        )
+
     def _draw(self, layer, length, width, device, positions):
         shape = (self.rows, length, *width)
         if self.noise_source is None:
             return torch.randn(shape, device=device)
         if positions is not None:
             positions = positions.expand(self.batch, -1)
-        request = NoiseRequest(layer, self.batch, self.num_samples, positions, shape, device)
+        return self._ask(NoiseRequest(layer, self.batch, self.num_samples, positions, shape, device))
+
+    def _ask(self, request: NoiseRequest) -> Tensor:
         noise = self.noise_source(request)
-        if noise.shape != torch.Size(shape):
+        if noise.shape != torch.Size(request.shape):
             raise ValueError(
-                f"The posterior_noise source returned {tuple(noise.shape)} for layer {layer}, expected {shape}."
+                f"The posterior_noise source returned {tuple(noise.shape)} for the {request.site} of layer "
+                f"{request.layer}, expected {request.shape}."
             )
-        return noise.to(device, torch.float32)
+        return noise.to(request.device, torch.float32)
 
 
 class SampledCacheLayer:

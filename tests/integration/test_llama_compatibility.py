@@ -205,7 +205,8 @@ def test_layers_below_the_split_run_once():
 
 def test_config_of_llama_fields_is_llamas():
     config, stock = tiny_config().to_dict(), stock_llama().config.to_dict()
-    ours = {"eve", "variational_layers", "kl_weight", "objective", "num_posterior_samples"}
+    ours = {"eve", "variational_layers", "attention", "attention_layers", "kl_weight", "objective"}
+    ours |= {"num_posterior_samples"}
     assert set(config) - set(stock) == ours
     same = set(stock) - {"model_type", "architectures"}
     assert {name: config[name] for name in same} == {name: stock[name] for name in same}
