@@ -21,6 +21,8 @@ __version__ = "0.1.0"
 _LAZY = {
     "VariationalTrainer": ".training",
     "VariationalTrainingArguments": ".training",
+    "add_variational_attention": ".retrofit",
+    "variational_class": ".retrofit",
     "StreamingEvaluation": ".evaluation",
     "evaluate_language_model": ".evaluation",
     "model_card": ".hub",

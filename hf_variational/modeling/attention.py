@@ -11,7 +11,7 @@ from .attention_weights import WeightsPosterior, sample_weights_with_kl
 from .configuration_variational_gpt import VariationalAttentionConfig
 from .dirichlet import masked_softmax
 from .posterior import AttentionStatistics, PosteriorRecord, PosteriorTap
-from .sample_axis import SampleAxis, repeat_rows
+from .sample_axis import SampleAxis
 
 
 class AttentionPosterior(nn.Module):
@@ -166,7 +166,7 @@ class AttentionPosterior(nn.Module):
         if axis.statistics:
             per_head = self._head_statistics(kl, weights, logits, visible, log_value, axis)
         statistics = AttentionStatistics(kl.sum(1), **per_head)
-        self.tap(PosteriorRecord(self.layer_idx, statistics, self.num_heads, site="attention"))
+        self.tap(PosteriorRecord(self.layer_idx, statistics, self.num_heads, site="attention"), axis.tape)
 
     @torch.no_grad()
     def _head_statistics(self, kl, weights, logits, visible, log_value, axis) -> dict[str, Tensor]:
@@ -177,7 +177,7 @@ class AttentionPosterior(nn.Module):
 
         def average(values: Tensor) -> Tensor:
             """Over the tokens that carry KL, [rows, heads, queries] to [heads]."""
-            token_weights = repeat_rows(axis.token_weights.to(values.device), values.shape[0] // axis.batch)
+            token_weights = axis.weights(values.shape[0], values.shape[2], values.device)
             token_weights = token_weights.unsqueeze(1).to(values.dtype)
             return (values * token_weights).sum((0, 2)) / token_weights.sum().clamp(min=1)
 

@@ -161,7 +161,7 @@ class EVE(nn.Module):
             kl = elementwise.flatten(2).sum(-1)
             if axis.statistics:
                 wide = log_scale.expand(*mean.shape[:2], *self.width)
-                weights = repeat_rows(axis.token_weights, mean.shape[0] // axis.batch).to(mean.device)
+                weights = axis.weights(*mean.shape[:2], mean.device)
                 per_unit = unit_statistics(elementwise, wide, mean, weights)
         reconstruction = None
         if self.config.reconstruction_weight > 0:
@@ -169,7 +169,8 @@ class EVE(nn.Module):
             decoded = z.to(kl.dtype) * self.reconstruction_decoder.to(kl.dtype)
             reconstruction = (decoded - target.detach().to(kl.dtype)).square().mean(-1)
         statistics = PosteriorStatistics(kl, **per_unit)
-        self.tap(PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction))
+        record = PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction)
+        self.tap(record, axis.tape)
 
     def _prior(self, mean: Tensor, axis: SampleAxis) -> tuple[Tensor | None, Tensor]:
         """Mean (`None`: the posterior's own) and log-scale of the prior, broadcastable to `mean`."""

@@ -33,7 +33,7 @@ class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
     _no_split_modules = ["VariationalGPTDecoderLayer"]
     _keep_in_fp32_modules_strict = [
         *("log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"),
-        *("raw", "network_in", "network_bias", "network_out"),
+        *("posterior"),
     ]
     _can_record_outputs = {
         "hidden_states": VariationalGPTDecoderLayer,

@@ -87,10 +87,13 @@ class PosteriorRecord:
 class PosteriorTap(nn.Module):
     """Passes a record through; the tape is a forward hook on this module.
 
-    Recorded by transformers' `OutputRecorder`, so a layer keeps nothing of a forward pass on itself.
+    Recorded by transformers' `OutputRecorder`, so a layer keeps nothing of a forward pass on itself. In a model of a
+    family whose output classes have no room for posteriors the sample axis carries the tape.
     """
 
-    def forward(self, record: PosteriorRecord) -> PosteriorRecord:
+    def forward(self, record: PosteriorRecord, tape: list[PosteriorRecord] | None = None) -> PosteriorRecord:
+        if tape is not None:
+            tape.append(record)
         return record
 
 

@@ -90,26 +90,31 @@ class SampleAxis:
     Attributes:
         num_samples: S; 0 is the mean pass.
         batch: number of sequences.
-        positions: position ids, [batch, length] (or [1, length] where all rows share them).
+        positions: position ids, [batch, length] (or [1, length] where all rows share them); `None`: 0, 1, 2, ...
         record: whether the variational layers compute their KL and hand their posteriors to the tape.
         statistics: whether they add per-unit statistics.
-        token_weights: [batch, length], 1 at the positions that carry KL (the statistics are means over them).
+        token_weights: [batch, length], 1 at the positions that carry KL (the statistics are means over them); `None`:
+            all.
         follows: [batch, length], true where the position continues the sequence of the one before it.
         cache: the cache, for the noise that lasts a sequence.
         seen: tokens that the cache held before this pass.
+        tape: where the posteriors' records go in a model that transformers does not record them for.
+        visited, attentions: in such a model, numbers of the layers whose attention this axis has reached; and whether
+            attention weights are asked for.
     """
 
     def __init__(
         self,
         num_samples: int,
         batch: int,
-        positions: Tensor,
+        positions: Tensor | None,
         record: bool = False,
         statistics: bool = False,
         token_weights: Tensor | None = None,
         follows: Tensor | None = None,
         cache: Cache | None = None,
         seen: Tensor | int = 0,
+        tape: list | None = None,
     ):
         self.num_samples = num_samples
         self.batch = batch
@@ -120,6 +125,9 @@ class SampleAxis:
         self.follows = follows
         self.cache = cache
         self.seen = seen
+        self.tape = tape
+        self.visited: set[int] = set()
+        self.attentions = False
         self.noise_source = _noise_source
 
     @property
@@ -130,6 +138,12 @@ class SampleAxis:
     def expand(self, tensor: Tensor) -> Tensor:
         """Repeats a tensor of `batch` rows to the rows above the split; one that has them is returned as is."""
         return repeat_rows(tensor, self.rows // tensor.shape[0])
+
+    def weights(self, rows: int, length: int, device: torch.device) -> Tensor:
+        """`token_weights` of the rows of a layer, [rows, length]."""
+        if self.token_weights is None:
+            return torch.ones(rows, length, dtype=torch.bool, device=device)
+        return repeat_rows(self.token_weights.to(device), rows // self.batch)
 
     def noise(self, layer: int, length: int, width: tuple[int, ...], device: torch.device) -> Tensor:
         """Fresh standard normal noise in float32, [batch * S, length, *width]."""
@@ -151,8 +165,11 @@ class SampleAxis:
         """
         if self.noise_source is None or self.num_samples == 0:
             return None
-        positions = self.positions.expand(self.batch, -1)
         _, length, keys, _ = shape
+        positions = self.positions
+        if positions is None:
+            positions = (torch.arange(length, device=device) + int(self.seen)).unsqueeze(0)
+        positions = positions.expand(self.batch, -1)
         if length == keys and int(self.seen) == 0:
             key_positions = positions
         else:
@@ -280,14 +297,15 @@ def _with_samples(layer_class: type, state: dict) -> SampledCacheLayer:
     return sampled
 
 
-def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -> None:
+def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int, shared_at_split: bool = True) -> None:
     """Makes the cache of a pass with samples move groups of rows, from the layer of the split on.
 
     Args:
         cache: changed in place.
         num_layers: layers of the model.
-        split: number of the first variational layer, whose keys and values are still one row a sequence.
+        split: number of the first variational layer.
         num_samples: S.
+        shared_at_split: whether that layer's keys and values are still one row a sequence.
 
     Raises:
         ValueError: if the cache was filled with another number of samples.
@@ -301,7 +319,8 @@ def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -
         if held == num_samples:
             continue
         # At the split itself a mean pass has filled the cache with the very rows that samples have.
-        if index > split or held:
+        shared = shared_at_split and index == split
+        if not shared or held:
             if layer.is_initialized and int(layer.get_seq_length()) > 0:
                 raise ValueError(
                     f"past_key_values was filled with num_posterior_samples={held}, this pass has {num_samples}: go "
@@ -311,4 +330,4 @@ def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int) -
         if not is_sampled:
             layer = cache.layers[index] = _with_samples(type(layer), layer.__dict__)
         layer.num_samples = num_samples
-        layer.copies = 1 if index == split else max(num_samples, 1)
+        layer.copies = 1 if shared else max(num_samples, 1)

@@ -1,0 +1,210 @@
+"""Variational attention in models of other families, through transformers' attention interface.
+
+The posterior's parameters stand beside the projections of a pretrained attention module, under `posterior`, and no
+pretrained parameter is renamed: stock classes read our files, and ours read stock files.
+"""
+
+import sys
+
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
+from transformers.utils.output_capturing import OutputRecorder
+
+from ..modeling.attention import AttentionPosterior, mean_weights
+from ..modeling.configuration_variational_gpt import VariationalAttentionConfig
+from ..modeling.sample_axis import SampleAxis
+
+# Our attention functions, by the stock implementation that runs their mean pass.
+IMPLEMENTATIONS = {"sdpa": "variational", "eager": "variational_eager"}
+
+
+def variational_attention_forward(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    mean_attention=sdpa_attention_forward,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sample_axis: SampleAxis | None = None,
+    **kwargs,
+) -> tuple[Tensor, Tensor | None]:
+    """An attention function in transformers' sense: samples where the module has a posterior and the pass has samples,
+    and the stock function otherwise. Shapes and arguments as in transformers; `sample_axis` comes with the keyword
+    arguments.
+    """
+    if kwargs.get("s_aux") is not None:
+        raise ValueError("Attention sinks (s_aux) take weight that no key has, which variational attention lacks.")
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    is_causal = kwargs.get("is_causal")
+    logits = {
+        "scaling": scaling,
+        "is_causal": getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        "softcap": kwargs.get("softcap"),
+        "position_bias": kwargs.get("position_bias"),
+    }
+    posterior = getattr(module, "posterior", None)
+    output = weights = None
+    if posterior is not None and sample_axis is not None:
+        sample_axis.visited.add(posterior.layer_idx)
+        if sample_axis.num_samples or sample_axis.record:
+            output, weights = posterior(query, key, value, attention_mask, sample_axis, dropout=dropout, **logits)
+    if output is None:
+        output, weights = mean_attention(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    if weights is None and sample_axis is not None and sample_axis.attentions:
+        weights = mean_weights(query, key, attention_mask, **logits)
+    return output, weights
+
+
+def variational_eager_attention_forward(module: nn.Module, *args, **kwargs) -> tuple[Tensor, Tensor | None]:
+    """`variational_attention_forward` whose mean pass is the eager function of the module's own family."""
+    eager = sys.modules[_stock_attention_class(module).__module__].eager_attention_forward
+    return variational_attention_forward(module, *args, mean_attention=eager, **kwargs)
+
+
+def _stock_attention_class(module: nn.Module) -> type:
+    return next(cls for cls in type(module).__mro__ if hasattr(sys.modules[cls.__module__], "eager_attention_forward"))
+
+
+# Without the mask functions the mask would be None, and causality silently lost.
+AttentionInterface.register(IMPLEMENTATIONS["sdpa"], variational_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATIONS["sdpa"], sdpa_mask)
+AttentionInterface.register(IMPLEMENTATIONS["eager"], variational_eager_attention_forward)
+AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
+
+
+def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer layers of a model, in order; empty if the model does not say which they are."""
+    return _recorded(model, "hidden_states")
+
+
+def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """Layer number to self-attention module, of a model whose attention goes through the attention interface.
+
+    Raises:
+        ValueError: if the family has no attention interface, or does not say where its attention is.
+    """
+    name = type(model).__name__
+    if not model._supports_attention_backend:
+        raise ValueError(
+            f"{name} does not call its attention through transformers' attention interface, so its weights cannot be "
+            "made variational from outside. gpt2, llama, qwen3, gemma, bert and vit are families that do."
+        )
+    attentions = [module for module in _recorded(model, "attentions") if not getattr(module, "is_cross_attention", 0)]
+    found = {}
+    for index, layer in enumerate(decoder_layers(model)):
+        inside = set(layer.modules())
+        for attention in attentions:
+            if attention in inside:
+                found[index] = attention
+    if not found:
+        raise ValueError(f"{name} does not say which of its modules are its layers and their attention.")
+    return found
+
+
+def _recorded(model: PreTrainedModel, key: str) -> list[nn.Module]:
+    """The modules that transformers records under `key`, in order."""
+    specs = (model.base_model._can_record_outputs or {}).get(key, [])
+    found = []
+    for spec in specs if isinstance(specs, list) else [specs]:
+        target = spec.target_class if isinstance(spec, OutputRecorder) else spec
+        place = getattr(spec, "layer_name", None)
+        for name, module in model.named_modules():
+            if isinstance(module, target) and (place is None or f".{place.strip('.')}." in f".{name}."):
+                found.append(module)
+    return found
+
+
+def check_layers(layers: list[int] | None, available: dict[int, nn.Module]) -> list[int]:
+    """The sorted layer numbers; raises `ValueError` for one that has no attention to make variational."""
+    if layers is None:
+        return sorted(available)
+    if not isinstance(layers, (list, tuple)) or not layers:
+        raise ValueError(f"layers must be a list of layer numbers or None (all), got {layers!r}.")
+    for layer in layers:
+        if isinstance(layer, bool) or layer not in available:
+            raise ValueError(f"layers names {layer!r}, but the layers with attention are {sorted(available)}.")
+    return sorted(set(layers))
+
+
+def install_posteriors(model: PreTrainedModel, attention: VariationalAttentionConfig, layers: list[int]) -> None:
+    """Puts an `AttentionPosterior` beside the attention of each of `layers`, on its device, in float32."""
+    config = model.config.get_text_config()
+    modules = attention_modules(model)
+    for layer in layers:
+        module = modules[layer]
+        heads = config.num_attention_heads
+        head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
+        posterior = AttentionPosterior(attention, heads, head_dim, layer, _longest_row(config))
+        weight = next(module.parameters())
+        posterior.to(weight.device)
+        if weight.device.type != "meta":
+            posterior.init_weights()
+        module.posterior = posterior
+
+
+def _longest_row(config) -> int | None:
+    """Keys of the longest row of attention weights that a model knows, or `None`."""
+    if getattr(config, "max_position_embeddings", None) is not None:
+        return config.max_position_embeddings
+    image, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if isinstance(image, int) and isinstance(patch, int):
+        return (image // patch) ** 2 + 1
+    return None
+
+
+def add_variational_attention(
+    model: PreTrainedModel,
+    attention: VariationalAttentionConfig,
+    layers: list[int] | None = None,
+    *,
+    kl_weight: float = 1e-4,
+    num_posterior_samples: int = 1,
+) -> PreTrainedModel:
+    """Makes the attention of a model variational, in place. What the mean pass predicts does not change.
+
+    Afterwards `forward` and `generate` take `num_posterior_samples`, the loss has the KL, and `save_pretrained` saves
+    the posteriors; `variational_class(BertModel).from_pretrained(folder)` loads them again, `BertModel` the rest.
+
+    Args:
+        model: a model whose family calls its attention through transformers' attention interface (BERT, ViT, GPT-2,
+            Llama, Qwen3, Gemma, ...), with any head.
+        attention: the posterior's configuration.
+        layers: numbers of the layers; `None`: all.
+        kl_weight: beta, the weight of the KL in the loss.
+        num_posterior_samples: samples drawn in train mode where `forward` is not told how many.
+
+    Returns:
+        The same model, of a subclass of its class.
+
+    Raises:
+        ValueError: for a family without the attention interface, a layer that is not there, a model that is
+            variational already, or one without weights (on the meta device).
+
+    Example:
+
+    ```python
+    >>> from transformers import AutoModelForCausalLM
+    >>> from hf_variational import VariationalAttentionConfig, add_variational_attention
+
+    >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
+    >>> model = add_variational_attention(model, VariationalAttentionConfig("dirichlet"), layers=[10, 11])
+    >>> out = model(**inputs, num_posterior_samples=8, output_uncertainty=True)
+    ```
+    """
+    from .model import VariationalSettings, adopt
+
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}: unwrap it first.")
+    if getattr(model, "posterior_sites", None):
+        raise ValueError(f"{type(model).__name__} is variational already: start again from the pretrained model.")
+    if model.device.type == "meta":
+        raise ValueError("This model is on the meta device and has no weights: load it to a device first.")
+    layers = check_layers(layers, attention_modules(model))
+    settings = VariationalSettings(attention.to_dict(), layers, kl_weight, num_posterior_samples)
+    return adopt(model, settings)

@@ -1,0 +1,361 @@
+"""Stock classes that take `num_posterior_samples`: a mixin, and the class made of it and any stock class."""
+
+import inspect
+from dataclasses import asdict, dataclass
+from functools import cache, partial
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.generation import GenerationMixin
+
+from ..modeling.attention import AttentionPosterior
+from ..modeling.configuration_variational_gpt import VariationalAttentionConfig, check_num_posterior_samples
+from ..modeling.generation import VariationalGenerationMixin
+from ..modeling.objective import IGNORE_INDEX, ScoredTokens, attended_positions, posterior_penalties, shift_targets
+from ..modeling.posterior import check_complete
+from ..modeling.predictive import log_mean_probability, predictive_measures
+from ..modeling.sample_axis import SampleAxis, prepare_cache, repeat_rows
+from .attention import IMPLEMENTATIONS, decoder_layers, install_posteriors
+
+# What `forward` takes beside the stock arguments.
+_OURS = {
+    "num_posterior_samples": None,
+    "output_uncertainty": False,
+    "output_posteriors": False,
+    "output_sample_logits": False,
+    "kl_weight": None,
+    "free_bits": 0.0,
+}
+_SCORED = ("logits", "start_logits", "end_logits")
+
+
+@dataclass
+class VariationalSettings:
+    """What is variational in a retrofitted model, kept as `config.variational`.
+
+    Attributes:
+        attention: dictionary of a [`VariationalAttentionConfig`].
+        attention_layers: numbers of the layers whose attention is variational.
+        kl_weight: beta, used where `forward` is not given one.
+        num_posterior_samples: samples drawn in train mode where `forward` is not told how many.
+    """
+
+    attention: dict
+    attention_layers: list[int]
+    kl_weight: float = 1e-4
+    num_posterior_samples: int = 1
+
+    def __post_init__(self):
+        check_num_posterior_samples(self.num_posterior_samples)
+        if isinstance(self.kl_weight, bool) or not 0 <= self.kl_weight < float("inf"):
+            raise ValueError(f"kl_weight must be a finite number of 0 or more, got {self.kl_weight!r}.")
+
+
+class VariationalMixin:
+    """Gives a stock class posteriors, samples and the KL. Stands before the stock class among the bases.
+
+    `logits` (and the logits of spans) come back joined: the log of the mean over samples of the probabilities,
+    [batch, ...] in float32; of a regression the mean. Hidden states and attentions above the first variational layer
+    have batch * S rows, row `b * S + s` being sample `s` of sequence `b`.
+    """
+
+    def __init__(self, config, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        settings = getattr(config, "variational", None)
+        if settings is not None:
+            _install(self, VariationalSettings(**settings))
+
+    @property
+    def settings(self) -> VariationalSettings:
+        """What is variational in this model."""
+        return VariationalSettings(**self.config.variational)
+
+    @property
+    def posterior_sites(self) -> list[tuple[int, str]]:
+        """(layer, site) of each posterior."""
+        if getattr(self.config, "variational", None) is None:
+            return []
+        return [(layer, "attention") for layer in self.settings.attention_layers]
+
+    @property
+    def variational_layers(self) -> list[int]:
+        """Numbers of the layers where anything is variational."""
+        return sorted({layer for layer, _ in self.posterior_sites})
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, AttentionPosterior):
+            module.init_weights()
+        else:
+            super()._init_weights(module)
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        options = getattr(gradient_checkpointing_func, "keywords", {})
+        if enable and self.posterior_sites:
+            if options.get("use_reentrant"):
+                raise ValueError(
+                    "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a "
+                    "word: use {'use_reentrant': False}."
+                )
+            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
+
+    def resolve_num_samples(self, num_posterior_samples: int | None) -> int:
+        """The number of samples of this pass: as asked, or the default of the mode the model is in."""
+        if not self.posterior_sites:
+            if num_posterior_samples:
+                raise ValueError(
+                    f"num_posterior_samples={num_posterior_samples}, but nothing in this {type(self).__name__} is "
+                    "variational: use add_variational_attention first."
+                )
+            return 0
+        if num_posterior_samples is None:
+            return self.settings.num_posterior_samples if self.training else 0
+        return check_num_posterior_samples(num_posterior_samples)
+
+    def _run(self, stock, inputs: dict, ours: dict):
+        """A forward pass: `stock` is the stock class's forward, `inputs` its arguments by name."""
+        num_samples = self.resolve_num_samples(ours["num_posterior_samples"])
+        for name in ("output_uncertainty", "output_sample_logits"):
+            if ours[name] and num_samples == 0:
+                raise ValueError(
+                    f"{name}=True needs posterior samples, but num_posterior_samples is 0 (the mean pass, the default "
+                    f"in eval mode): pass num_posterior_samples=8, or leave {name} out."
+                )
+        if not self.posterior_sites:
+            return stock(**inputs)
+        targets = {name: inputs[name] for name in _TARGETS if inputs.get(name) is not None}
+        record = bool(ours["output_posteriors"] or targets)
+        if (num_samples or record) and self.config._attn_implementation not in IMPLEMENTATIONS.values():
+            raise ValueError(
+                f"attn_implementation={self.config._attn_implementation!r} never has the attention weights in its "
+                "hands, so their posterior cannot be sampled or its KL computed: use "
+                f"model.set_attn_implementation({IMPLEMENTATIONS['sdpa']!r}), or run the mean pass "
+                "(num_posterior_samples=0, without labels)."
+            )
+        axis, scored = self._axis(inputs, num_samples, record, ours["output_posteriors"])
+        as_tuple = inputs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
+        outputs = stock(**self._rows(inputs, axis), sample_axis=axis, return_dict=True)
+        missed = set(self.variational_layers) - axis.visited
+        if missed:
+            raise RuntimeError(
+                f"The attention of layers {sorted(missed)} never saw the posterior samples: the layers of "
+                f"{type(self).__name__} do not hand their keyword arguments down to it."
+            )
+        if num_samples:
+            self._join(outputs, axis, inputs, ours)
+        if record:
+            self._add_posteriors(outputs, axis, scored, ours, bool(targets))
+        return outputs.to_tuple() if as_tuple else outputs
+
+    def _axis(self, inputs: dict, num_samples: int, record: bool, statistics: bool):
+        main = inputs.get("inputs_embeds")
+        main = inputs.get(self.main_input_name) if main is None else main
+        if main is None:
+            raise ValueError(f"{type(self).__name__} needs {self.main_input_name}.")
+        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
+        is_text = self.main_input_name == "input_ids"
+        scored = token_weights = None
+        if record and is_text:
+            token_weights = attended_positions(mask, main)
+        if labels is not None or inputs.get("shift_labels") is not None:
+            scored = self._scored(labels, mask, main if is_text else None, inputs)
+            token_weights = token_weights if scored.weights is None else scored.weights
+        positions = inputs.get("position_ids")
+        cache = self._prepared_cache(inputs, num_samples)
+        axis = SampleAxis(
+            num_samples,
+            main.shape[0],
+            positions if positions is not None and positions.ndim == 2 else None,
+            record=record,
+            statistics=bool(record and statistics),
+            token_weights=token_weights,
+            cache=cache if num_samples else None,
+            seen=0 if cache is None else cache.get_seq_length(),
+            tape=[] if record else None,
+        )
+        attentions = inputs.get("output_attentions")
+        axis.attentions = self.config.output_attentions if attentions is None else attentions
+        return axis, scored
+
+    def _scored(self, labels: Tensor | None, mask: Tensor | None, text: Tensor | None, inputs: dict) -> ScoredTokens:
+        """The targets of a pass and the tokens that carry KL; weights of `None`: every position of the layer."""
+        num_items = inputs.get("num_items_in_batch")
+        if self.loss_type == "ForCausalLM":
+            return ScoredTokens.of(labels, mask, inputs.get("shift_labels"), num_items)
+        if text is not None and labels.ndim == 2 and labels.shape == text.shape[:2] and not labels.is_floating_point():
+            has_target = labels != IGNORE_INDEX
+            count = has_target.sum().clamp(min=1) if num_items is None else num_items
+            return ScoredTokens(labels, has_target * attended_positions(mask, text), count)
+        weights = None if text is None else attended_positions(mask, text)
+        return ScoredTokens(labels, weights, labels.shape[0] if num_items is None else num_items)
+
+    def _prepared_cache(self, inputs: dict, num_samples: int):
+        if not self.can_generate():
+            return None
+        cache = inputs.get("past_key_values")
+        use_cache = inputs.get("use_cache")
+        use_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
+        if cache is None and use_cache and num_samples and not self.training:
+            cache = inputs["past_key_values"] = DynamicCache(config=self.config)
+        if cache is not None:
+            layers = len(decoder_layers(self))
+            prepare_cache(cache, layers, self.variational_layers[0], num_samples, shared_at_split=False)
+        return cache
+
+    def _rows(self, inputs: dict, axis: SampleAxis) -> dict:
+        """The stock forward's arguments: targets for each row of the logits, and inputs too for a head that picks
+        positions by them.
+        """
+        if axis.num_samples <= 1:
+            return inputs
+        inputs = dict(inputs)
+        for name, value in inputs.items():
+            repeat = name in _TARGETS or not self.can_generate()
+            if repeat and torch.is_tensor(value) and value.ndim and value.shape[0] == axis.batch:
+                inputs[name] = repeat_rows(value, axis.num_samples)
+        if inputs.get("num_items_in_batch") is not None:
+            inputs["num_items_in_batch"] = inputs["num_items_in_batch"] * axis.num_samples
+        return inputs
+
+    def _join(self, outputs, axis: SampleAxis, inputs: dict, ours: dict) -> None:
+        names = [name for name in _SCORED if outputs.get(name) is not None]
+        for name in names:
+            sampled = outputs[name]
+            if name == "logits":
+                self._measure(outputs, sampled, axis, inputs, ours)
+            outputs[name] = self._joined(sampled, axis)
+
+    def _joined(self, sampled: Tensor, axis: SampleAxis) -> Tensor:
+        kind = self._problem()
+        if kind == "single_label_classification":
+            return log_mean_probability(sampled, axis.num_samples)
+        sampled = sampled.float().unflatten(0, (axis.batch, -1))
+        if kind == "regression":
+            return sampled.mean(1)
+        # The log-odds of the mean probability.
+        log_p = torch.logsumexp(nn.functional.logsigmoid(sampled), 1)
+        return log_p - torch.logsumexp(nn.functional.logsigmoid(-sampled), 1)
+
+    def _problem(self) -> str:
+        if not type(self).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
+            return "single_label_classification"
+        if self.config.problem_type is not None:
+            return self.config.problem_type
+        return "regression" if self.config.num_labels == 1 else "single_label_classification"
+
+    def _measure(self, outputs, sampled: Tensor, axis: SampleAxis, inputs: dict, ours: dict) -> None:
+        if ours["output_uncertainty"]:
+            if self._problem() != "single_label_classification":
+                raise ValueError(
+                    "output_uncertainty measures a distribution over classes, and problem_type is "
+                    f"{self._problem()!r}: use output_sample_logits=True and the spread of the samples."
+                )
+            observed = None
+            if self.loss_type == "ForCausalLM" and inputs.get("input_ids") is not None:
+                observed = shift_targets(inputs["input_ids"])[:, -sampled.shape[1] :]
+            flat = sampled.unsqueeze(1) if sampled.ndim == 2 else sampled
+            measures = predictive_measures(flat, axis.num_samples, observed)
+            outputs["uncertainty"] = measures if sampled.ndim == 3 else measures.map(lambda value: value.squeeze(1))
+        if ours["output_sample_logits"]:
+            logits = sampled.float().unflatten(0, (axis.batch, -1))
+            categorical = self._problem() == "single_label_classification"
+            outputs["sample_logits"] = torch.log_softmax(logits, -1) if categorical else logits
+
+    def _add_posteriors(self, outputs, axis: SampleAxis, scored: ScoredTokens | None, ours: dict, has_loss: bool):
+        # What a checkpointed layer's recomputation records again belongs to nobody.
+        records, axis.tape = tuple(axis.tape), None
+        check_complete(records, self.posterior_sites)
+        if has_loss and outputs.get("loss") is not None:
+            if scored.weights is None:
+                rows = records[0].statistics.kl
+                scored.weights = rows.new_ones(axis.batch, rows.shape[1])
+            penalties = posterior_penalties(records, scored, ours["free_bits"])
+            weight = self.settings.kl_weight if ours["kl_weight"] is None else ours["kl_weight"]
+            outputs["nll"] = outputs["loss"]
+            outputs["loss"] = outputs["nll"] + weight * penalties.charged_kl
+            outputs["kl"], outputs["kl_per_layer"] = penalties.kl, penalties.kl_per_layer
+        if ours["output_posteriors"]:
+            outputs["attention_posteriors"] = {
+                record.layer: record.statistics.over_samples(axis.batch) for record in records
+            }
+
+
+_TARGETS = ("labels", "shift_labels", "start_positions", "end_positions", "next_sentence_label")
+
+
+def _enter_rows(module: nn.Module, args: tuple, kwargs: dict):
+    """Forward pre-hook of the layers from the first variational one on: their arguments get a row for each sample."""
+    axis = kwargs.get("sample_axis")
+    if axis is None or axis.num_samples <= 1:
+        return None
+
+    def enter(value):
+        if isinstance(value, tuple):
+            return tuple(enter(item) for item in value)
+        is_per_row = torch.is_tensor(value) and value.ndim > 1 and value.shape[0] == axis.batch
+        return axis.expand(value) if is_per_row else value
+
+    return tuple(enter(value) for value in args), {name: enter(value) for name, value in kwargs.items()}
+
+
+def _install(model: PreTrainedModel, settings: VariationalSettings) -> None:
+    attention = VariationalAttentionConfig.from_dict(settings.attention)
+    install_posteriors(model, attention, settings.attention_layers)
+    for layer in decoder_layers(model)[settings.attention_layers[0] :]:
+        layer.register_forward_pre_hook(_enter_rows, with_kwargs=True)
+    # Any other implementation stays, and runs the mean pass alone.
+    stock = model.config._attn_implementation
+    if stock in IMPLEMENTATIONS:
+        model.set_attn_implementation(IMPLEMENTATIONS[stock])
+
+
+def adopt(model: PreTrainedModel, settings: VariationalSettings) -> PreTrainedModel:
+    """Turns a loaded stock model into one of its variational class, in place."""
+    model.__class__ = variational_class(type(model))
+    model.config.variational = asdict(settings)
+    model.config.keys_to_ignore_at_inference = [
+        *getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"]),
+        *("nll", "kl", "kl_per_layer", "uncertainty", "attention_posteriors", "sample_logits"),
+    ]
+    _install(model, settings)
+    return model
+
+
+@cache
+def variational_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
+    """The variational subclass of a stock class: `variational_class(BertForMaskedLM).from_pretrained(folder)` loads
+    what `add_variational_attention` and `save_pretrained` made, or any stock checkpoint.
+    """
+    if issubclass(model_class, VariationalMixin):
+        return model_class
+    stock = inspect.signature(model_class.forward)
+    names = [name for name, parameter in stock.parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
+
+    def forward(self, *args, **kwargs):
+        inputs = dict(zip(names[1:], args, strict=False)) | kwargs
+        ours = {name: inputs.pop(name, default) for name, default in _OURS.items()}
+        return self._run(super(variational, self).forward, inputs, ours)
+
+    # generate, pipelines and Trainer ask the signature what a model takes.
+    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in _OURS.items()]
+    parameters = list(stock.parameters.values())
+    tail = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
+    forward.__signature__ = stock.replace(parameters=[*(p for p in parameters if p not in tail), *ours, *tail])
+    forward.__doc__ = model_class.forward.__doc__
+    generation = (VariationalGenerationMixin,) if issubclass(model_class, GenerationMixin) else ()
+    kept = getattr(model_class, "_keep_in_fp32_modules_strict", None) or []
+    variational = type(
+        f"Variational{model_class.__name__}",
+        (VariationalMixin, *generation, model_class),
+        {
+            "forward": forward,
+            "_keep_in_fp32_modules_strict": [*kept, "posterior"],
+            "__module__": __name__,
+            "__doc__": f"{model_class.__name__} with variational attention.",
+        },
+    )
+    return variational
