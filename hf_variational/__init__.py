@@ -5,7 +5,13 @@ Importing the package registers its models with transformers' Auto classes.
 
 from importlib import import_module
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 from . import (
     hub as _hub,  # noqa: F401  registers the writer of model cards
@@ -33,6 +39,10 @@ _LAZY = {
 AutoConfig.register(modeling.VariationalGPTConfig.model_type, modeling.VariationalGPTConfig)
 AutoModel.register(modeling.VariationalGPTConfig, modeling.VariationalGPTModel)
 AutoModelForCausalLM.register(modeling.VariationalGPTConfig, modeling.VariationalGPTForCausalLM)
+AutoModelForSequenceClassification.register(
+    modeling.VariationalGPTConfig, modeling.VariationalGPTForSequenceClassification
+)
+AutoModelForTokenClassification.register(modeling.VariationalGPTConfig, modeling.VariationalGPTForTokenClassification)
 
 
 def __getattr__(name: str):

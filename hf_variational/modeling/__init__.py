@@ -1,6 +1,10 @@
 """What a checkpoint needs: configuration, models, and the mathematics they run on."""
 
 from .attention import AttentionPosterior
+from .classification_variational_gpt import (
+    VariationalGPTForSequenceClassification,
+    VariationalGPTForTokenClassification,
+)
 from .configuration_variational_gpt import EVEConfig, VariationalAttentionConfig, VariationalGPTConfig
 from .eve import EVE
 from .generation import UncertaintyStoppingCriteria, VariationalGenerationMixin
@@ -10,6 +14,8 @@ from .outputs import (
     VariationalGenerateBeamOutput,
     VariationalGenerateOutput,
     VariationalModelOutput,
+    VariationalSequenceClassifierOutput,
+    VariationalTokenClassifierOutput,
 )
 from .posterior import AttentionStatistics, PosteriorStatistics
 from .predictive import PredictiveMeasures, log_mean_probability, predictive_measures
@@ -28,12 +34,16 @@ __all__ = [
     "VariationalCausalLMOutput",
     "VariationalGPTConfig",
     "VariationalGPTForCausalLM",
+    "VariationalGPTForSequenceClassification",
+    "VariationalGPTForTokenClassification",
     "VariationalGPTModel",
     "VariationalGPTPreTrainedModel",
     "VariationalGenerateBeamOutput",
     "VariationalGenerateOutput",
     "VariationalGenerationMixin",
     "VariationalModelOutput",
+    "VariationalSequenceClassifierOutput",
+    "VariationalTokenClassifierOutput",
     "log_mean_probability",
     "posterior_noise",
     "predictive_measures",

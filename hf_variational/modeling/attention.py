@@ -172,7 +172,7 @@ class AttentionPosterior(nn.Module):
     def _head_statistics(self, kl, weights, logits, visible, log_value, axis) -> dict[str, Tensor]:
         if weights is None:
             weights = _softmax_of(logits, visible)
-        entropy = torch.special.entr(weights).sum(-1)
+        entropy = -(weights * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(-1)
         name = "scale" if self.config.kind == "gaussian" else "concentration"
 
         def average(values: Tensor) -> Tensor:

@@ -70,7 +70,8 @@ def visible_keys(visible: Tensor | None, logits: Tensor) -> Tensor:
     """Number of keys that each row sees, [batch or 1, heads or 1, queries, 1], in the dtype of the logits."""
     if visible is None:
         return logits.new_full((1, 1, 1, 1), logits.shape[-1])
-    return visible.sum(-1, keepdim=True, dtype=logits.dtype)
+    seen = visible.sum(-1, keepdim=True, dtype=logits.dtype)
+    return seen * logits.shape[-1] if visible.shape[-1] == 1 else seen
 
 
 def sample_weights(
@@ -97,8 +98,9 @@ def sample_weights(
     weights = sample_dirichlet(log_alpha.expand(rows), noise, approximate)
     if posterior.prior == "contextual":
         # The prior follows the mean: the divergence asks for dispersion and leaves the mean free.
-        log_alpha = log_concentration(log_mean.detach(), log_value.unsqueeze(1))
-        log_prior = (log_mean.detach() + posterior.log_prior).clamp(min=LOG_CONCENTRATION_FLOOR)
+        floor = LOG_CONCENTRATION_FLOOR - log_value.detach().unsqueeze(1)
+        log_m = torch.where(log_mean == -torch.inf, log_mean, torch.maximum(log_mean, floor)).detach()
+        log_alpha, log_prior = log_m + log_value.unsqueeze(1), log_m + posterior.log_prior
     else:
         log_prior = posterior.log_ratio(log_value, torch.zeros_like(keys), keys).unsqueeze(1)
     kl = multi_gamma_kl(log_alpha, log_prior).sum(-1)
@@ -233,6 +235,8 @@ class _DirichletWeights(torch.autograd.Function):
                 log_alpha = (log_m + log_v).clamp_(min=LOG_CONCENTRATION_FLOOR)
                 log_ratio = ctx.posterior.log_ratio(log_v, log_alpha, block.of_rows(keys))
                 pull = block.hide(fast_multi_gamma_kl_slope(log_alpha.exp_(), log_ratio), visible)
+                if not contextual:
+                    pull.masked_fill_(log_m + log_v < LOG_CONCENTRATION_FLOOR, 0.0)
                 pull = pull.mul_(block.of_rows(kl_grad.unsqueeze(-1)))
                 pulled = pull.sum(-1, keepdim=True)
                 if contextual:

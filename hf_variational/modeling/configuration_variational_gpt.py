@@ -160,7 +160,7 @@ class VariationalAttentionConfig:
         kind: one of these.
         data_dependent: what sigma or a depends on. `False`: one learned number per head; `"query"`: a network of one
             hidden layer (ReLU) per head on the query; `True`: such a network on the row of logits, as in the paper,
-            which limits a row to `max_position_embeddings` keys.
+            which limits a row to `max_position_embeddings` keys (with padding, and all the room of a static cache).
         hidden_size: width of that hidden layer.
         prior: `"contextual"`: N(A, sigma_p^2), or Dirichlet(a_p m), which follow the mean and leave it free;
             Dirichlet kinds also `"constant"`: each visible key has concentration a_p; `"uniform"`: a_p in all, shared
@@ -275,6 +275,11 @@ class VariationalGPTConfig(LlamaConfig):
         check_num_posterior_samples(self.num_posterior_samples)
         if not self.kl_weight >= 0 or math.isinf(self.kl_weight):
             raise ValueError(f"kl_weight must be a finite number of 0 or more, got {self.kl_weight!r}.")
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}: "
+                "choose another number of heads, or another width."
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "

@@ -17,6 +17,8 @@ _SENSITIVITY = (
     (0.01226418, 0.02157832, -0.09305385, 0.03500689, 0.03835481),
     (-0.00668805, 0.00831940, 0.01422353, -0.01803270, -0.00193600),
 )
+# Beyond it the proposals overflow float32.
+_LARGEST = 1e30
 
 
 def draw_log_gamma(alpha: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,8 +34,10 @@ def draw_log_gamma(alpha: Tensor) -> tuple[Tensor, Tensor]:
     if alpha.device.type == "cuda" or torch.compiler.is_compiling():
         # A kernel that rejects in registers; the loop below would wait for the device.
         return torch._standard_gamma(alpha + 1.0).log_(), draw_exponential(alpha)
+    alpha = alpha.contiguous()
     log_gamma, exponential = _propose(alpha)
-    rejected = (~(exponential > 0)).flatten().nonzero().squeeze(-1)
+    # What is not finite stays NaN and reaches the loss: no proposal would ever be accepted.
+    rejected = (~(exponential > 0) & (alpha < _LARGEST)).flatten().nonzero().squeeze(-1)
     while rejected.numel():
         again_gamma, again_exponential = _propose(alpha.flatten()[rejected])
         log_gamma.view(-1)[rejected] = again_gamma

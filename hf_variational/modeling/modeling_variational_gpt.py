@@ -1,10 +1,7 @@
 """VariationalGPT: the Llama architecture with variational feed-forward units."""
 
-from functools import partial
-
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import LlamaForCausalLM, LlamaModel, LlamaPreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
@@ -17,23 +14,24 @@ from .attention import AttentionPosterior
 from .configuration_variational_gpt import VariationalGPTConfig, check_num_posterior_samples
 from .eve import EVE
 from .generation import VariationalGenerationMixin
+from .heads import NonReentrantMixin, VariationalHeadMixin
 from .layers_variational_gpt import VariationalGPTDecoderLayer
 from .loading import WholeFilesMixin
-from .objective import ScoredTokens, attended_positions, following_positions, posterior_penalties, shift_targets
+from .objective import ScoredTokens, attended_positions, following_positions, shift_targets
 from .outputs import VariationalCausalLMOutput, VariationalModelOutput
-from .posterior import PosteriorTap, check_complete
+from .posterior import PosteriorTap
 from .readout import read_out
-from .sample_axis import SampleAxis, prepare_cache
+from .sample_axis import SampleAxis, prepare_cache, tokens_held
 from .saving import CardMixin
 
 
-class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
+class VariationalGPTPreTrainedModel(WholeFilesMixin, NonReentrantMixin, LlamaPreTrainedModel):
     config: VariationalGPTConfig
     config_class = VariationalGPTConfig
     _no_split_modules = ["VariationalGPTDecoderLayer"]
     _keep_in_fp32_modules_strict = [
         *("log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"),
-        *("posterior"),
+        "posterior",
     ]
     _can_record_outputs = {
         "hidden_states": VariationalGPTDecoderLayer,
@@ -58,18 +56,6 @@ class VariationalGPTPreTrainedModel(WholeFilesMixin, LlamaPreTrainedModel):
         """(layer, site) of each posterior, site `"ffn"` or `"attention"`."""
         units = [(layer, "ffn") for layer in self.config.eve_layer_indices()]
         return units + [(layer, "attention") for layer in self.config.attention_layer_indices()]
-
-    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
-        # Under reentrant checkpointing, which is torch's default, the KL would lose its gradient without a word.
-        options = getattr(gradient_checkpointing_func, "keywords", {})
-        if enable and self.variational_layers:
-            if options.get("use_reentrant"):
-                raise ValueError(
-                    "gradient_checkpointing_kwargs={'use_reentrant': True} gives the KL a gradient of zero without a "
-                    "word: use {'use_reentrant': False}."
-                )
-            gradient_checkpointing_func = partial(gradient_checkpointing_func, use_reentrant=False)
-        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
 
 class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
@@ -128,7 +114,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         given_position_ids = position_ids
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        seen = tokens_held(past_key_values)
         if position_ids is None:
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen).unsqueeze(0)
         causal_mask = create_causal_mask(
@@ -201,7 +187,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
 
 
 class VariationalGPTForCausalLM(
-    CardMixin, VariationalGPTPreTrainedModel, VariationalGenerationMixin, LlamaForCausalLM
+    CardMixin, VariationalHeadMixin, VariationalGPTPreTrainedModel, VariationalGenerationMixin, LlamaForCausalLM
 ):
     """VariationalGPT with a language modelling head; its loss is the negative evidence lower bound per target token.
 
@@ -261,65 +247,37 @@ class VariationalGPTForCausalLM(
             ValueError: if uncertainty is asked of a mean pass, or see `VariationalGPTModel`.
             RuntimeError: if fewer posteriors are recorded than there are variational layers.
         """
-        num_samples = self.model.resolve_num_samples(num_posterior_samples)
-        for name, asked in (
-            ("output_uncertainty", output_uncertainty),
-            ("output_sample_logits", output_sample_logits),
-        ):
-            if asked and num_samples == 0:
-                raise ValueError(
-                    f"{name}=True needs posterior samples, but num_posterior_samples is 0 (the mean pass, the default "
-                    f"in eval mode): pass num_posterior_samples=8, or leave {name} out."
-                )
+        asked = {"output_uncertainty": output_uncertainty, "output_sample_logits": output_sample_logits}
+        num_samples = self._resolve_num_samples(num_posterior_samples, **asked)
         scored = None
         if labels is not None or kwargs.get("shift_labels") is not None:
             if not (isinstance(logits_to_keep, int) and logits_to_keep == 0):
                 raise ValueError(f"labels score every position: leave out logits_to_keep, got {logits_to_keep!r}.")
             scored = ScoredTokens.of(labels, attention_mask, **kwargs)
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("shift_labels", "num_items_in_batch")}
-        if output_posteriors is None:
-            output_posteriors = getattr(self.config, "output_posteriors", False)
-        outputs = self.model(
+        outputs, fields = self._run_decoder(
+            num_samples,
+            scored,
+            output_posteriors,
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
-            num_posterior_samples=num_samples,
-            output_posteriors=bool(output_posteriors or scored is not None),
-            output_statistics=bool(output_posteriors),
-            token_weights=None if scored is None else scored.weights,
             **kwargs,
         )
-        if output_posteriors or scored is not None:
-            check_complete(outputs.posteriors, self.posterior_sites)
         hidden_states = keep_positions(outputs.last_hidden_state, logits_to_keep)
         if num_samples == 0:
-            fields = self._read_mean_pass(hidden_states, scored)
+            fields |= self._read_mean_pass(hidden_states, scored)
         else:
             tokens = labels if input_ids is None else input_ids
             observed = None
             if output_uncertainty and tokens is not None:
                 observed = keep_positions(shift_targets(tokens), logits_to_keep)
-            options = {"output_uncertainty": output_uncertainty, "output_sample_logits": output_sample_logits}
-            fields = self._read_samples(hidden_states, num_samples, scored, observed=observed, **options)
+            fields |= self._read_samples(hidden_states, num_samples, scored, observed=observed, **asked)
         if scored is not None:
             fields |= self._loss(fields["nll"], outputs.posteriors, scored, kl_weight, free_bits)
-        if output_posteriors:
-            batch = fields["logits"].shape[0]
-            for name, site in (("posteriors", "ffn"), ("attention_posteriors", "attention")):
-                fields[name] = {
-                    record.layer: record.statistics.over_samples(batch)
-                    for record in outputs.posteriors
-                    if record.site == site
-                }
-        return VariationalCausalLMOutput(
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            **fields,
-        )
+        return VariationalCausalLMOutput(**fields)
 
     def _read_mean_pass(self, hidden_states: Tensor, scored: ScoredTokens | None) -> dict:
         logits = self.lm_head(hidden_states)
@@ -349,20 +307,6 @@ class VariationalGPTForCausalLM(
             "nll": None if scored is None else joined.nll_sum / scored.num_items,
             "uncertainty": joined.uncertainty,
             "sample_logits": joined.sample_logits,
-        }
-
-    def _loss(self, nll: Tensor, records, scored: ScoredTokens, kl_weight, free_bits: float) -> dict:
-        if not self.variational_layers:
-            return {"loss": nll, "kl": torch.zeros_like(nll)}
-        penalties = posterior_penalties(records, scored, free_bits)
-        loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
-        if penalties.reconstruction is not None:
-            loss = loss + self.config.eve.reconstruction_weight * penalties.reconstruction
-        return {
-            "loss": loss,
-            "kl": penalties.kl,
-            "kl_per_layer": penalties.kl_per_layer,
-            "reconstruction": penalties.reconstruction,
         }
 
 

@@ -297,6 +297,12 @@ def _with_samples(layer_class: type, state: dict) -> SampledCacheLayer:
     return sampled
 
 
+def tokens_held(cache: Cache | None) -> Tensor | int:
+    """Tokens that the cache holds now; a copy, because a static cache counts on in the tensor that it answers with."""
+    held = 0 if cache is None else cache.get_seq_length()
+    return held.clone() if torch.is_tensor(held) else held
+
+
 def prepare_cache(cache: Cache, num_layers: int, split: int, num_samples: int, shared_at_split: bool = True) -> None:
     """Makes the cache of a pass with samples move groups of rows, from the layer of the split on.
 

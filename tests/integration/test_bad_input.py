@@ -4,10 +4,18 @@ import re
 
 import pytest
 import torch
-from integration_models import prompt, stock_llama, tiny_config, tiny_model
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from integration_models import attention_config, prompt, stock_llama, tiny_config, tiny_model
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    Trainer,
+    TrainingArguments,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from hf_variational import EVEConfig, VariationalGPTForCausalLM
+from hf_variational import EVEConfig, VariationalAttentionConfig, VariationalGPTForCausalLM, posterior_noise
 from hf_variational.modeling.posterior import PosteriorTap
 
 CHOICES = {
@@ -223,8 +231,6 @@ def test_weights_of_another_shape(tmp_path):
 
 
 def test_posterior_noise_of_a_wrong_shape():
-    from hf_variational import posterior_noise
-
     model = tiny_model()
     with posterior_noise(lambda request: torch.zeros(1)):
         refusal(lambda: model(prompt(), num_posterior_samples=3), "(1,)", "layer 0", "(6, 6, 48)")
@@ -250,3 +256,141 @@ def test_cache_of_a_stock_model_goes_on_as_a_mean_pass():
         "this pass has 2",
         "start again",
     )
+
+
+ATTENTION_CHOICES = {
+    "kind": ("gaussian", "approximate_dirichlet", "dirichlet"),
+    "data_dependent": ("False", "'query'", "True"),
+    "prior": ("contextual", "constant", "uniform"),
+}
+
+
+@pytest.mark.parametrize("field", ATTENTION_CHOICES)
+@pytest.mark.parametrize("value", ["dirichlt", "", None, 3, "Query"])
+def test_unknown_choice_of_attention(field, value):
+    for build in (VariationalAttentionConfig, lambda **values: tiny_config(attention=values)):
+        refusal(lambda build=build: build(**{field: value}), field, repr(value), *ATTENTION_CHOICES[field])
+
+
+@pytest.mark.parametrize("field", ["prior_concentration", "prior_scale", "initial_concentration", "initial_scale"])
+@pytest.mark.parametrize("value", [0, 0.0, -1.5, float("nan"), float("inf"), "3", True, None], ids=repr)
+def test_concentrations_and_scales(field, value):
+    refusal(lambda: VariationalAttentionConfig(**{field: value}), field, repr(value))
+
+
+@pytest.mark.parametrize("values", [{"hidden_size": 0}, {"hidden_size": 2.5}, {"initial_raw": "-7"}], ids=str)
+def test_other_fields_of_attention(values):
+    ((field, value),) = values.items()
+    refusal(lambda: VariationalAttentionConfig(**values), field, repr(value))
+
+
+@pytest.mark.parametrize("prior", ["constant", "uniform"])
+def test_gaussian_attention_with_a_prior_over_concentrations(prior):
+    refusal(lambda: VariationalAttentionConfig(kind="gaussian", prior=prior), repr(prior), "gaussian", "contextual")
+
+
+def test_unknown_field_of_attention(tmp_path):
+    message = refusal(lambda: tiny_config(attention={"knd": "gaussian"}), "'knd'", "VariationalAttentionConfig")
+    assert "kind" in message
+    tiny_config(attention={}).save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(file.read_text().replace('"initial_raw"', '"initial_row"'))
+    refusal(lambda: AutoModelForCausalLM.from_config(type(tiny_config()).from_pretrained(tmp_path)), "'initial_row'")
+
+
+@pytest.mark.parametrize(
+    ("layers", "value"), [([3], 3), ([0, 7], 7), ([-1], -1), ([True], True), ("1", "'1'"), (2, 2)]
+)
+def test_attention_layers(layers, value):
+    refusal(lambda: tiny_config(attention={}, attention_layers=layers), "attention_layers", value)
+
+
+def test_no_attention_layer():
+    refusal(lambda: tiny_config(attention={}, attention_layers=[]), "attention_layers=[]", "attention=None")
+
+
+@pytest.mark.parametrize("value", ["dirichlet", True, 3], ids=repr)
+def test_attention_of_a_wrong_type(value):
+    refusal(lambda: tiny_config(attention=value), "attention", repr(value), error=(ValueError, TypeError))
+
+
+@pytest.mark.parametrize(
+    ("heads", "named"),
+    [
+        ({"num_attention_heads": 4, "num_key_value_heads": 3}, ("num_attention_heads=4", "num_key_value_heads=3")),
+        ({"num_attention_heads": 2, "num_key_value_heads": 4}, ("num_attention_heads=2", "num_key_value_heads=4")),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, ("32", "5")),
+    ],
+    ids=["groups", "more key heads", "width"],
+)
+def test_head_counts_that_do_not_divide(heads, named):
+    refusal(lambda: tiny_config(attention={}, **heads), *named, error=Exception)
+
+
+def test_row_longer_than_the_network_of_the_logits():
+    """Named, with the way out; the mean pass reads no row, and the other kinds of network have no maximum."""
+    too_long, named = prompt(1, 70), ("70 keys", "max_position_embeddings=64", "data_dependent='query'", "shorten")
+    model = tiny_model(attention=attention_config(data_dependent=True))
+    refusal(lambda: model(too_long, num_posterior_samples=2), *named)
+    refusal(lambda: model(too_long, labels=too_long), *named)
+    cache = model(too_long[:, :64], num_posterior_samples=2).past_key_values
+    refusal(
+        lambda: model(too_long[:, 64:65], past_key_values=cache, num_posterior_samples=2),
+        "65 keys",
+        "max_position_embeddings=64",
+    )
+    assert model(too_long).logits.isfinite().all()
+    for data_dependent in (False, "query"):
+        other = tiny_model(attention=attention_config(data_dependent=data_dependent))
+        assert other(too_long, labels=too_long, num_posterior_samples=2).loss.isfinite()
+
+
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flex_attention"])
+@pytest.mark.parametrize("options", [{"num_posterior_samples": 2}, {"labels": prompt()}, {"output_posteriors": True}])
+def test_kernel_that_has_no_weights(implementation, options):
+    model = tiny_model(attention=attention_config())
+    model.config._attn_implementation = implementation
+    refusal(lambda: model(prompt(), **options), implementation, "weights", "attn_implementation='sdpa'", "mean pass")
+
+
+@pytest.fixture
+def kernel():
+    """A kernel of a name of its own; the shapes of the queries it was called with."""
+    calls = []
+
+    def attend(module, query, *args, **kwargs):
+        calls.append(query.shape)
+        return sdpa_attention_forward(module, query, *args, **kwargs)
+
+    AttentionInterface.register("counting_kernel", attend)
+    AttentionMaskInterface.register("counting_kernel", sdpa_mask)
+    yield calls
+    AttentionInterface._global_mapping.pop("counting_kernel")
+    AttentionMaskInterface._global_mapping.pop("counting_kernel")
+
+
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_mean_pass_runs_whatever_kernel(kernel, layers):
+    model = tiny_model(attention=attention_config(), attention_layers=layers)
+    ids, mask = prompt(2, 8), torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1] * 8])
+    expected = model(ids, attention_mask=mask).logits
+    model.config._attn_implementation = "counting_kernel"
+    assert torch.equal(model(ids, attention_mask=mask).logits, expected)
+    assert kernel == [(2, 4, 8, 8)] * 3
+    assert model.generate(ids, attention_mask=mask, max_new_tokens=3).shape[0] == 2
+    for options in ({"num_posterior_samples": 2}, {"labels": ids}):
+        refusal(lambda options=options: model(ids, **options), "counting_kernel", "attn_implementation='sdpa'")
+
+
+@pytest.mark.parametrize("options", [{}, {"num_posterior_samples": 2}, {"output_posteriors": True}], ids=str)
+def test_fewer_posteriors_than_variational_attention_layers(options):
+    model, labels = tiny_model(attention=attention_config(), attention_layers=[1, 2]), prompt()
+    model(labels, labels=labels)
+    model.model.layers[1].self_attn.posterior.tap = PosteriorTap()
+    refusal(lambda: model(labels, labels=labels, **options), "(1, 'attention')", "KL", error=RuntimeError)
+
+
+def test_attention_noise_of_a_wrong_shape():
+    model = tiny_model(eve=None, attention=attention_config())
+    with posterior_noise(lambda request: torch.zeros(1)):
+        refusal(lambda: model(prompt(), num_posterior_samples=3), "(1,)", "attention of layer 0", "(6, 4, 6, 6, 2)")

@@ -2,13 +2,25 @@
 
 import torch
 
-from hf_variational import EVEConfig, VariationalGPTConfig, VariationalGPTForCausalLM
+from hf_variational import (
+    EVEConfig,
+    VariationalAttentionConfig,
+    VariationalGPTConfig,
+    VariationalGPTForCausalLM,
+)
 
 VOCAB = 43
+VARIATIONAL = (".eve.", ".posterior.")
+
+
+def attention_config(kind: str = "dirichlet", data_dependent: bool | str = False, **options):
+    """Attention that is random enough for its samples to be told apart."""
+    settings = {"initial_scale": 0.7, "initial_concentration": 6.0, "prior_concentration": 3.0, "hidden_size": 5}
+    return VariationalAttentionConfig(kind=kind, data_dependent=data_dependent, **{**settings, **options})
 
 
 def tiny_model(eve: dict | None = None, seed: int = 0, perturb: bool = True, **options) -> VariationalGPTForCausalLM:
-    """A model in eval mode, 3 layers of width 16. `perturb` moves the EVE parameters away from their start."""
+    """A model in eval mode, 3 layers of width 16. `perturb` moves what is variational away from its start."""
     torch.manual_seed(seed)
     settings = {
         "vocab_size": VOCAB,
@@ -26,16 +38,19 @@ def tiny_model(eve: dict | None = None, seed: int = 0, perturb: bool = True, **o
         generator = torch.Generator().manual_seed(seed + 1)
         with torch.no_grad():
             for name, parameter in model.named_parameters():
-                if ".eve." in name:
+                if any(part in name for part in VARIATIONAL):
                     parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     return model
 
 
 def twin_of(model: VariationalGPTForCausalLM) -> VariationalGPTForCausalLM:
     """The deterministic twin with the model's weights."""
-    twin = VariationalGPTForCausalLM(VariationalGPTConfig(**{**model.config.to_dict(), "eve": None})).eval()
+    config = VariationalGPTConfig(**{**model.config.to_dict(), "eve": None, "attention": None})
+    config._attn_implementation = model.config._attn_implementation
+    twin = VariationalGPTForCausalLM(config).eval()
     loaded = twin.load_state_dict(model.state_dict(), strict=False)
-    assert not loaded.missing_keys and all(".eve." in name for name in loaded.unexpected_keys)
+    assert not loaded.missing_keys
+    assert all(any(part in name for part in VARIATIONAL) for name in loaded.unexpected_keys)
     return twin
 
 
