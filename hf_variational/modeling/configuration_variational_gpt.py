@@ -153,8 +153,8 @@ class VariationalAttentionConfig:
 
     - `"gaussian"`: softmax of N(A, sigma^2);
     - `"dirichlet"`: Dirichlet(a m);
-    - `"approximate_dirichlet"`: the same with the inverse-CDF approximation of its Gammas (Joo et al. 2020), which is
-      good for concentrations a m_k below about 1.
+    - `"approximate_dirichlet"`: the same with the inverse-CDF approximation of its Gammas (Joo et al. 2020), whose
+      samples are too narrow for concentrations a m_k above about 0.1.
 
     Args:
         kind: one of these.

@@ -1,28 +1,11 @@
 """The benchmarks run at toy size and say what they promise to say; what they measure there means nothing."""
 
-import importlib
 import json
-import sys
-from pathlib import Path
 
 import pytest
 
 import hf_variational.modeling.predictive as predictive
 import hf_variational.modeling.readout as readout
-
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
-
-
-@pytest.fixture
-def load(monkeypatch):
-    """Imports a script of benchmarks/, whose neighbours have names that others may have too."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    names = {path.stem for path in BENCHMARKS.glob("*.py")}
-    before = {name: sys.modules.pop(name) for name in names if name in sys.modules}
-    yield importlib.import_module
-    for name in names:
-        sys.modules.pop(name, None)
-    sys.modules.update(before)
 
 
 @pytest.mark.parametrize(("script", "baseline"), [("training_step", "twin"), ("generation", "twin, plain greedy")])
