@@ -16,6 +16,7 @@ from ..modeling.attention import AttentionPosterior, mean_weights
 from ..modeling.configuration_variational_gpt import VariationalAttentionConfig
 from ..modeling.sample_axis import SampleAxis
 
+_SINKS = "they take weight that no key has, and a row of sampled weights sums to 1 over its keys."
 # Our attention functions, by the stock implementation that runs their mean pass.
 IMPLEMENTATIONS = {"sdpa": "variational", "eager": "variational_eager"}
 
@@ -37,7 +38,7 @@ def variational_attention_forward(
     arguments.
     """
     if kwargs.get("s_aux") is not None:
-        raise ValueError("Attention sinks (s_aux) take weight that no key has, which variational attention lacks.")
+        raise ValueError(f"This attention has sinks (s_aux): {_SINKS}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     is_causal = kwargs.get("is_causal")
     logits = {
@@ -51,6 +52,12 @@ def variational_attention_forward(
     if posterior is not None and sample_axis is not None:
         sample_axis.visited.add(posterior.layer_idx)
         if sample_axis.num_samples or sample_axis.record:
+            if query.shape[0] != sample_axis.rows:
+                raise ValueError(
+                    f"{type(module).__name__} attends with {query.shape[0]} rows, and batch times samples is "
+                    f"{sample_axis.rows}: a model that folds another axis into its batch (choices, windows, packed "
+                    "sequences) has no posterior samples and no KL."
+                )
             output, weights = posterior(query, key, value, attention_mask, sample_axis, dropout=dropout, **logits)
     if output is None:
         output, weights = mean_attention(
@@ -87,7 +94,8 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Layer number to self-attention module, of a model whose attention goes through the attention interface.
 
     Raises:
-        ValueError: if the family has no attention interface, or does not say where its attention is.
+        ValueError: if the family has no attention interface, does not say where its attention is, has attention sinks,
+            or has another number of layers than modules that are layers.
     """
     name = type(model).__name__
     if not model._supports_attention_backend:
@@ -96,8 +104,17 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
             "made variational from outside. gpt2, llama, qwen3, gemma, bert and vit are families that do."
         )
     attentions = [module for module in _recorded(model, "attentions") if not getattr(module, "is_cross_attention", 0)]
+    if any(getattr(module, "sinks", None) is not None for module in attentions):
+        raise ValueError(f"The attention of {name} has sinks: {_SINKS}")
+    layers = decoder_layers(model)
+    expected = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
+    if len(layers) != expected:
+        raise ValueError(
+            f"{name} has {expected} layers, and records {len(layers)} modules as layers: a module that several layers "
+            "share has one posterior for all of them, and of two towers only one can be variational."
+        )
     found = {}
-    for index, layer in enumerate(decoder_layers(model)):
+    for index, layer in enumerate(layers):
         inside = set(layer.modules())
         for attention in attentions:
             if attention in inside:
@@ -127,7 +144,7 @@ def check_layers(layers: list[int] | None, available: dict[int, nn.Module]) -> l
     if not isinstance(layers, (list, tuple)) or not layers:
         raise ValueError(f"layers must be a list of layer numbers or None (all), got {layers!r}.")
     for layer in layers:
-        if isinstance(layer, bool) or layer not in available:
+        if isinstance(layer, bool) or not isinstance(layer, int) or layer not in available:
             raise ValueError(f"layers names {layer!r}, but the layers with attention are {sorted(available)}.")
     return sorted(set(layers))
 
@@ -156,55 +173,3 @@ def _longest_row(config) -> int | None:
     if isinstance(image, int) and isinstance(patch, int):
         return (image // patch) ** 2 + 1
     return None
-
-
-def add_variational_attention(
-    model: PreTrainedModel,
-    attention: VariationalAttentionConfig,
-    layers: list[int] | None = None,
-    *,
-    kl_weight: float = 1e-4,
-    num_posterior_samples: int = 1,
-) -> PreTrainedModel:
-    """Makes the attention of a model variational, in place. What the mean pass predicts does not change.
-
-    Afterwards `forward` and `generate` take `num_posterior_samples`, the loss has the KL, and `save_pretrained` saves
-    the posteriors; `variational_class(BertModel).from_pretrained(folder)` loads them again, `BertModel` the rest.
-
-    Args:
-        model: a model whose family calls its attention through transformers' attention interface (BERT, ViT, GPT-2,
-            Llama, Qwen3, Gemma, ...), with any head.
-        attention: the posterior's configuration.
-        layers: numbers of the layers; `None`: all.
-        kl_weight: beta, the weight of the KL in the loss.
-        num_posterior_samples: samples drawn in train mode where `forward` is not told how many.
-
-    Returns:
-        The same model, of a subclass of its class.
-
-    Raises:
-        ValueError: for a family without the attention interface, a layer that is not there, a model that is
-            variational already, or one without weights (on the meta device).
-
-    Example:
-
-    ```python
-    >>> from transformers import AutoModelForCausalLM
-    >>> from hf_variational import VariationalAttentionConfig, add_variational_attention
-
-    >>> model = AutoModelForCausalLM.from_pretrained("gpt2")
-    >>> model = add_variational_attention(model, VariationalAttentionConfig("dirichlet"), layers=[10, 11])
-    >>> out = model(**inputs, num_posterior_samples=8, output_uncertainty=True)
-    ```
-    """
-    from .model import VariationalSettings, adopt
-
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"model must be a transformers PreTrainedModel, got {type(model).__name__}: unwrap it first.")
-    if getattr(model, "posterior_sites", None):
-        raise ValueError(f"{type(model).__name__} is variational already: start again from the pretrained model.")
-    if model.device.type == "meta":
-        raise ValueError("This model is on the meta device and has no weights: load it to a device first.")
-    layers = check_layers(layers, attention_modules(model))
-    settings = VariationalSettings(attention.to_dict(), layers, kl_weight, num_posterior_samples)
-    return adopt(model, settings)
