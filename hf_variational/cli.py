@@ -15,7 +15,8 @@ import typer
 from .presentation.measures import MEASURES
 
 app = typer.Typer(
-    help="Language models with variational neurons: train them, evaluate them, see how uncertain each token is.",
+    help="Language models with variational neurons or variational attention: train them, evaluate them, see how "
+    "uncertain each token is.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

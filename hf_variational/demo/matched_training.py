@@ -14,6 +14,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from ..modeling import VariationalGPTForCausalLM
 from ..presentation.plots import Curve
 from ..training import VariationalTrainer, VariationalTrainingArguments
+from ..training.naming import is_variational
 from .settings import DemoSettings
 
 __all__ = ["LABELS", "Trained", "matched_models", "train_all"]
@@ -56,7 +57,7 @@ def matched_models(settings: DemoSettings, tokenizer, seed: int) -> dict[str, Va
     deterministic = VariationalGPTForCausalLM(settings.config(tokenizer, eve=None))
     eve = VariationalGPTForCausalLM(settings.config(tokenizer, settings.eve))
     result = eve.load_state_dict(deterministic.state_dict(), strict=False)
-    unmatched = [name for name in result.missing_keys if ".eve." not in name] + list(result.unexpected_keys)
+    unmatched = [name for name in result.missing_keys if not is_variational(name)] + list(result.unexpected_keys)
     if unmatched:
         raise RuntimeError(f"the two models do not match: {unmatched}")
     return {"deterministic": deterministic, "eve": eve}

@@ -12,9 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-logger = logging.get_logger(__name__)
+from ..training.naming import is_variational
 
 _MARK = re.compile(r"\n*<!-- hf_variational card ([0-9a-f]{16}): .*? -->\s*\Z", re.DOTALL)
 _MARK_TEXT = "<!-- hf_variational card {}: once edited by hand, this file is kept when the model is saved again -->"
@@ -43,6 +41,31 @@ _RECIPE_LABELS = {
     "training_seconds": "Training time (s)",
     "seeds": "Seeds",
 }
+# class of a model -> its Auto class, the Hub's name of its task, and what the card calls it
+_TASKS = {
+    "ForCausalLM": ("AutoModelForCausalLM", "text-generation", "causal language model"),
+    "ForSequenceClassification": (
+        "AutoModelForSequenceClassification",
+        "text-classification",
+        "sequence classification model",
+    ),
+    "ForTokenClassification": (
+        "AutoModelForTokenClassification",
+        "token-classification",
+        "token classification model",
+    ),
+}
+_WEIGHTS = {
+    "gaussian": "softmax of logits that are Gaussian around the ordinary ones, with a scale σ",
+    "dirichlet": "Dirichlet-distributed around the ordinary ones, with a concentration a",
+    "approximate_dirichlet": "Dirichlet-distributed (in an approximation) around the ordinary ones, with a "
+    "concentration a",
+}
+_DEPENDENCE = {
+    False: "that is learned for each head",
+    "query": "that a small network computes from the query",
+    True: "that a small network computes from the row of logits",
+}
 # facts with a place of their own in the template or in its metadata; any other is listed under its own name
 _PLACED = {"name", "description", "data", "recipe", "license", "language", "limits", "tags"}
 
@@ -55,6 +78,30 @@ def template_path() -> Path:
         if path.is_file():
             return path
     raise FileNotFoundError(f"The card template is missing: neither {packaged} nor {checkout} is there.")
+
+
+def auto_class(model) -> str:
+    """Name of the Auto class that loads such a model."""
+    return _task(model)[0]
+
+
+def _task(model) -> tuple[str, str, str]:
+    name = type(model).__name__
+    return next((task for suffix, task in _TASKS.items() if name.endswith(suffix)), _TASKS["ForCausalLM"])
+
+
+def _problem(model) -> str:
+    """What the model predicts, in transformers' words for the problem type; tokens are labels too."""
+    if not type(model).__name__.endswith("ForSequenceClassification"):
+        return "single_label_classification"
+    return model.config.problem_type or (
+        "regression" if model.config.num_labels == 1 else "single_label_classification"
+    )
+
+
+def _noun(model) -> str:
+    noun = _task(model)[2]
+    return noun.replace("classification", "regression") if _problem(model) == "regression" else noun
 
 
 def model_card(
@@ -92,6 +139,7 @@ def model_card(
     facts = {key: value for key, value in (facts or {}).items() if value not in (None, "", [], {})}
     name = str(facts.get("name") or path.rstrip("/").split("/")[-1])
     layers = list(getattr(model, "variational_layers", None) or [])
+    sites = _sites(model, layers)
     evaluations = _evaluations(metrics, bool(layers))
     recipe = _yaml(facts["recipe"]) if "recipe" in facts else ""
     environment = Environment(trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined, autoescape=False)
@@ -100,12 +148,18 @@ def model_card(
     known = {"description": "", "data": "", "limits": "", **facts}
     labelled = {**_DATA_LABELS, **_RECIPE_LABELS}
     card = environment.from_string(template_path().read_text(encoding="utf-8")).render(
-        metadata=_metadata(name, facts, evaluations, layers),
+        metadata=_metadata(name, facts, evaluations, sites, _task(model)[1]),
         name=name,
         facts=known,
         variational=bool(layers),
-        layers_text=_layers_text(layers, model.config),
-        model_rows=_model_rows(model, layers),
+        noun=_noun(model),
+        auto_class=auto_class(model),
+        generates=_task(model)[1] == "text-generation",
+        measures=_problem(model) == "single_label_classification",
+        eve_layers_text=_layers_text(sites["ffn"], model.config),
+        attention_layers_text=_layers_text(sites["attention"], model.config),
+        attention_text=_attention_text(model.config),
+        model_rows=_model_rows(model, sites),
         path=path,
         has_code=has_code,
         has_tokenizer=has_tokenizer,
@@ -141,7 +195,15 @@ def _digest(card: str) -> str:
     return hashlib.sha256(content.encode()).hexdigest()[:16]
 
 
-def _metadata(name: str, facts: Mapping, evaluations: list[dict], layers: list[int]) -> str:
+def _sites(model, layers: list[int]) -> dict[str, list[int]]:
+    """Numbers of the layers with posteriors over units (`"ffn"`) and over attention weights (`"attention"`)."""
+    sites = getattr(model, "posterior_sites", None)
+    if sites is None:
+        sites = [(layer, "ffn") for layer in layers]
+    return {name: sorted(layer for layer, site in sites if site == name) for name in ("ffn", "attention")}
+
+
+def _metadata(name: str, facts: Mapping, evaluations: list[dict], sites: dict[str, list[int]], task: str) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     results = []
@@ -152,7 +214,7 @@ def _metadata(name: str, facts: Mapping, evaluations: list[dict], layers: list[i
                 if isinstance(values.get(metric), int | float) and math.isfinite(values[metric]):
                     results.append(
                         EvalResult(
-                            task_type="text-generation",
+                            task_type=task,
                             dataset_type=re.sub(r"[^a-z0-9]+", "-", title.lower()).strip("-") or "evaluation-data",
                             dataset_name=title,
                             metric_type=metric,
@@ -160,10 +222,11 @@ def _metadata(name: str, facts: Mapping, evaluations: list[dict], layers: list[i
                             metric_value=float(f"{values[metric]:.6g}"),
                         )
                     )
-    own_tags = ["variational", "uncertainty", "eve"] if layers else ["deterministic-twin"]
+    own_tags = [tag for site, tag in (("ffn", "eve"), ("attention", "variational-attention")) if sites[site]]
+    own_tags = ["variational", "uncertainty", *own_tags] if own_tags else ["deterministic-twin"]
     data = ModelCardData(
         library_name="transformers",
-        pipeline_tag="text-generation",
+        pipeline_tag=task,
         tags=[*own_tags, *as_list(facts.get("tags"))],
         license=facts.get("license"),
         language=as_list(facts.get("language")) or None,
@@ -206,6 +269,8 @@ def _yaml(recipe) -> str:
 
 
 def _layers_text(layers: list[int], config) -> str:
+    if not layers:
+        return ""
     total = getattr(config, "num_hidden_layers", None)
     if len(layers) == total:
         return f"all {total} layers"
@@ -213,11 +278,39 @@ def _layers_text(layers: list[int], config) -> str:
     return f"{len(layers)} of {total} layers (number {names}, counted from 0)"
 
 
-def _model_rows(model, layers: list[int]) -> list[tuple[str, str]]:
+def _nested(config, name: str) -> dict:
+    """The settings of what is variational, `{}` where nothing of that name is."""
+    settings = getattr(config, name, None) or {}
+    return dict(settings) if isinstance(settings, Mapping) else settings.to_dict()
+
+
+def _attention_settings(config) -> dict:
+    """Those settings of the attention posterior that its kind has a use for."""
+    settings = _nested(config, "attention")
+    if not settings:
+        return {}
+    unused = {"prior_concentration", "initial_concentration"}
+    if settings["kind"] != "gaussian":
+        unused = {"prior_scale", "initial_scale"}
+    if not settings["data_dependent"]:
+        unused.add("hidden_size")
+    if settings.get("initial_raw") is None:
+        unused.add("initial_raw")
+    else:
+        unused |= {"initial_scale", "initial_concentration"}
+    return {name: value for name, value in settings.items() if name not in unused}
+
+
+def _attention_text(config) -> str:
+    settings = _nested(config, "attention")
+    return f"{_WEIGHTS[settings['kind']]} {_DEPENDENCE[settings['data_dependent']]}" if settings else ""
+
+
+def _model_rows(model, sites: dict[str, list[int]]) -> list[tuple[str, str]]:
     config = model.config
     parameters = {name: parameter.numel() for name, parameter in model.named_parameters()}
     total = sum(parameters.values())
-    variational = sum(count for name, count in parameters.items() if ".eve." in name)
+    variational = sum(count for name, count in parameters.items() if is_variational(name))
     share = f", of which {variational:,} ({100 * variational / total:.2f} %) are variational" if variational else ""
     rows = [("Class", f"`{type(model).__name__}`"), ("Parameters", f"{total:,}{share}")]
     for field, label in (
@@ -232,10 +325,16 @@ def _model_rows(model, layers: list[int]) -> list[tuple[str, str]]:
         if getattr(config, field, None) is not None:
             rows.append((label, f"{getattr(config, field):,}"))
     rows.append(("Weights", str(getattr(model, "dtype", "")).removeprefix("torch.")))
-    if layers:
-        eve = getattr(config, "eve", None) or {}
-        eve = eve if isinstance(eve, Mapping) else eve.to_dict()
-        rows.append(("EVE", ", ".join(f"`{key}={value!r}`" for key, value in eve.items())))
+    if any(sites.values()):
+        attention = sum(count for name, count in parameters.items() if ".posterior." in name)
+        for site, label, settings in (
+            ("ffn", "EVE", _nested(config, "eve")),
+            ("attention", "Attention posterior", _attention_settings(config)),
+        ):
+            if sites[site]:
+                rows.append((label, ", ".join(f"`{key}={value!r}`" for key, value in settings.items())))
+        if sites["attention"]:
+            rows.append(("Attention posterior's parameters", f"{attention:,}"))
         for field, label in (("objective", "Objective"), ("kl_weight", "KL weight")):
             if getattr(config, field, None) is not None:
                 rows.append((label, f"`{getattr(config, field)!r}`"))
@@ -243,9 +342,8 @@ def _model_rows(model, layers: list[int]) -> list[tuple[str, str]]:
 
 
 def _reads_as_llama(model) -> bool:
-    eve = getattr(model.config, "eve", None)
-    mean = eve.get("mean") if isinstance(eve, Mapping) else getattr(eve, "mean", None)
-    return getattr(model.config, "model_type", "") == "variational_gpt" and (eve is None or mean == "identity")
+    mean = _nested(model.config, "eve").get("mean", "identity")
+    return getattr(model.config, "model_type", "") == "variational_gpt" and mean == "identity"
 
 
 def _generation_samples(model) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 from transformers.utils import logging
 
 from ..modeling.saving import register_card_writer
-from .cards import as_list, is_untouched, model_card
+from .cards import as_list, auto_class, is_untouched, model_card
 
 logger = logging.get_logger(__name__)
 
@@ -115,15 +115,16 @@ def _with_code(model) -> Iterator[None]:
     config, model_class, config_class = model.config, type(model), type(model.config)
     before = copy.deepcopy(getattr(config, "auto_map", None))
     classes = {cls: cls._auto_class for cls in (model_class, config_class)}
+    own = auto_class(model)
     try:
         if model_class._auto_class is None:
-            model_class.register_for_auto_class("AutoModelForCausalLM")
+            model_class.register_for_auto_class(own)
         if config_class._auto_class is None:
             config_class.register_for_auto_class("AutoConfig")
         yield
     finally:
-        for cls, auto_class in classes.items():
-            cls._auto_class = auto_class
+        for cls, registered in classes.items():
+            cls._auto_class = registered
         if before is None:
             with contextlib.suppress(AttributeError):
                 del config.auto_map

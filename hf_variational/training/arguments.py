@@ -46,7 +46,7 @@ class VariationalTrainingArguments(TrainingArguments):
         kl_cycle_ratio (`float`, defaults to 0.5):
             Share of each cycle over which `"cyclical"` rises.
         free_bits (`float`, defaults to 0.0):
-            Nats a unit may spend before its KL is charged.
+            Nats a latent (a unit; in attention a head's row of weights) may spend before its KL is charged.
         train_posterior_samples (`int`, *optional*):
             Posterior samples of a training step. `None` takes the model configuration's; 0 trains the mean pass.
         eval_posterior_samples (`int`, defaults to 8):
@@ -77,7 +77,9 @@ class VariationalTrainingArguments(TrainingArguments):
     kl_cycle_ratio: float = field(
         default=0.5, metadata={"help": "Share of each cycle over which the cyclical schedule rises."}
     )
-    free_bits: float = field(default=0.0, metadata={"help": "Nats a unit may spend before its KL is charged."})
+    free_bits: float = field(
+        default=0.0, metadata={"help": "Nats a unit or a row of attention weights may spend before its KL is charged."}
+    )
     train_posterior_samples: int | None = field(
         default=None, metadata={"help": "Posterior samples in training; none takes the model configuration's."}
     )

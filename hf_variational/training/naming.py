@@ -1,4 +1,4 @@
-"""Names that a person wrote, checked against those that exist."""
+"""Names: those that a person wrote, checked against those that exist, and those of parameters."""
 
 import difflib
 from collections.abc import Iterable
@@ -13,3 +13,8 @@ def refuse_unknown(given: Iterable, known: Iterable[str], where: str) -> None:
         near = difflib.get_close_matches(str(name), known, n=1, cutoff=0.6)
         hint = f"did you mean {near[0]!r}?" if near else f"the names are {', '.join(known)}."
         raise ValueError(f"{where} has the unknown key {name!r}: {hint}")
+
+
+def is_variational(parameter: str) -> bool:
+    """Whether the parameter of that name belongs to a posterior, of feed-forward units or of attention weights."""
+    return ".eve." in parameter or ".posterior." in parameter

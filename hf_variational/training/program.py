@@ -11,6 +11,7 @@ from ..modeling import VariationalGPTConfig, VariationalGPTForCausalLM
 from .arguments import VariationalTrainingArguments
 from .checkpoints import last_complete_checkpoint
 from .data import load_text, pack, train_tokenizer
+from .naming import is_variational
 from .recipe import MODEL_KEYS, Recipe, load_recipe, recipe_from_dict
 from .trainer import VariationalTrainer
 
@@ -224,13 +225,13 @@ def _blocks(recipe: Recipe, args, tokenizer):
 
 def _metrics(trainer: VariationalTrainer, train: dict, evaluation: dict) -> dict:
     model, args = trainer.accelerator.unwrap_model(trainer.model), trainer.args
-    eve = sum(p.numel() for name, p in model.named_parameters() if ".eve." in name)
+    variational = sum(p.numel() for name, p in model.named_parameters() if is_variational(name))
     total = sum(p.numel() for p in model.parameters())
     samples = args.train_posterior_samples
     samples = model.config.num_posterior_samples if samples is None else samples
     facts = {
         "parameters": total,
-        "variational_parameters": eve,
+        "variational_parameters": variational,
         "steps": trainer.state.global_step,
         "seed": args.seed,
         "processes": args.world_size,

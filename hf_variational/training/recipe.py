@@ -60,9 +60,11 @@ class Recipe:
 
     Args:
         model (`dict`):
-            Fields of `VariationalGPTConfig`, with `eve` a mapping of `EVEConfig` fields, or null for the deterministic
-            twin. `vocab_size` follows the tokenizer where it is not given. `pretrained` names a checkpoint of the
-            Llama architecture to start from, `attn_implementation` is transformers'.
+            Fields of `VariationalGPTConfig`, with `eve` a mapping of `EVEConfig` fields or null for deterministic
+            units (left out: `EVEConfig`'s defaults), and `attention` a mapping of `VariationalAttentionConfig` fields
+            or null for deterministic attention; both null is the deterministic twin. `vocab_size` follows the
+            tokenizer where it is not given. `pretrained` names a checkpoint of the Llama architecture to start from,
+            `attn_implementation` is transformers'.
         data: Where the text is.
         tokenizer: Which tokenizer.
         arguments (`dict`): Fields of `VariationalTrainingArguments`; `output_dir` is required.
@@ -151,21 +153,27 @@ def _build(cls, content: Mapping, where: str):
 
 
 def _check_model(model: dict, where: str) -> None:
-    from ..modeling import EVEConfig, VariationalGPTConfig
+    from ..modeling import EVEConfig, VariationalAttentionConfig, VariationalGPTConfig
 
+    nested = {"eve": (EVEConfig, "units"), "attention": (VariationalAttentionConfig, "attention")}
     fields = {f.name: f for f in dataclasses.fields(VariationalGPTConfig) if f.init}
     refuse_unknown(model, [*fields, *MODEL_KEYS], where)
     for name, value in model.items():
-        if name != "eve":
+        if name in nested:
+            _check_nested(name, value, *nested[name], where)
+        else:
             _check_type(name, value, fields[name].type if name in fields else str, where)
-    eve = model.get("eve")
-    if eve is not None:
-        if not isinstance(eve, Mapping):
-            raise ValueError(f"{where} `eve` is a mapping, or null for the deterministic twin, got {eve!r}.")
-        known = {f.name: f for f in dataclasses.fields(EVEConfig)}
-        refuse_unknown(eve, known, f"{where} `eve`")
-        for name, value in eve.items():
-            _check_type(name, value, known[name].type, where)
+
+
+def _check_nested(name: str, value, cls, what: str, where: str) -> None:
+    if value is None:
+        return
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where} `{name}` is a mapping, or null for deterministic {what}, got {value!r}.")
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    refuse_unknown(value, known, f"{where} `{name}`")
+    for key, entry in value.items():
+        _check_type(key, entry, known[key].type, where)
 
 
 def _check_arguments(arguments: dict, where: str) -> None:

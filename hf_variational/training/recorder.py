@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ..modeling.posterior import ACTIVE_KL
+from .statistics import StatisticsMean
 
 # Rows kept before they are added up, so that a run that never logs stays bounded.
 MAX_ROWS = 256
@@ -25,7 +25,6 @@ class StepRecorder:
 
     def __init__(self):
         self.names: list[str] = []
-        self._layers: list[int] = []
         self._clear()
 
     def _clear(self) -> None:
@@ -33,8 +32,7 @@ class StepRecorder:
         self._row_steps: list[int] = []
         self._sum: Tensor | None = None
         self._weights: dict[int, float] = {}
-        self._statistics: dict[str, Tensor] = {}
-        self._statistics_count = 0
+        self._statistics = StatisticsMean()
 
     @torch.no_grad()
     def add(self, step: int, values: Mapping[str, Tensor], kl_weight: float | None = None) -> None:
@@ -51,19 +49,9 @@ class StepRecorder:
         else:
             self._weights.setdefault(step, 0.0)
 
-    @torch.no_grad()
-    def add_statistics(self, posteriors: Mapping) -> None:
-        """Adds the unit-level statistics of a micro-batch: `{layer: PosteriorStatistics}`."""
-        self._layers = list(posteriors)
-        layers = posteriors.values()
-        new = {
-            "posterior_scale": torch.stack([layer.scale.detach().float().mean() for layer in layers]),
-            "mean_energy": torch.stack([layer.mean_energy.detach().float().mean() for layer in layers]),
-            "kl_per_unit": torch.cat([layer.kl_per_unit.detach().float() for layer in layers]),
-        }
-        for name, value in new.items():
-            self._statistics[name] = self._statistics[name] + value if name in self._statistics else value
-        self._statistics_count += 1
+    def add_statistics(self, posteriors: Mapping | None, attention_posteriors: Mapping | None = None) -> None:
+        """Adds the statistics of a micro-batch: `{layer: PosteriorStatistics}`, `{layer: AttentionStatistics}`."""
+        self._statistics.add(posteriors, attention_posteriors)
 
     @property
     def pending(self) -> bool:
@@ -98,38 +86,23 @@ class StepRecorder:
         return self._row_steps[first], [name for name, ok in zip(self.names, finite[first], strict=True) if not ok]
 
     def non_finite_statistics(self) -> dict[str, list[int]]:
-        """Layers whose gathered statistics are not finite, by statistic."""
-        found = {}
-        for name in ("posterior_scale", "mean_energy"):
-            values = self._statistics.get(name)
-            if values is not None:
-                bad = [layer for layer, ok in zip(self._layers, values.isfinite().tolist(), strict=True) if not ok]
-                if bad:
-                    found[name] = bad
-        return found
+        """Layers whose gathered statistics are not finite, by statistic; waits for the device."""
+        return self._statistics.non_finite()
 
     def flush(self, mean_over_processes: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """The averages since the last flush as plain floats; forgets them."""
         if not self._rows and self._sum is None:
             return {}
         self.fold()
-        parts: list[Tensor] = [self._sum / len(self._weights)]
-        for name in self._statistics:
-            parts.append(self._statistics[name] / self._statistics_count)
-        sizes = [part.numel() for part in parts]
-        values = mean_over_processes(torch.cat(parts))
-        averages, *statistics = values.split(sizes)
-        summary = [averages]
-        if statistics:
-            scale, energy, kl_per_unit = statistics
-            active = (kl_per_unit > ACTIVE_KL).float().mean()
-            summary.append(torch.stack([scale.mean(), energy.mean(), active]))
-        numbers = torch.cat(summary).tolist()
+        averages = self._sum / len(self._weights)
+        vector = torch.cat([averages, self._statistics.sums()]) if self._statistics else averages
+        averages, sums = mean_over_processes(vector).split([len(averages), len(vector) - len(averages)])
+        statistics = self._statistics.summary(sums) if self._statistics else {}
+        numbers = torch.cat([averages, *(value.reshape(1) for value in statistics.values())]).tolist()
         logs = dict(zip(self.names, numbers, strict=False))
         if self.reports_kl:
             logs["kl_weight"] = sum(self._weights.values()) / len(self._weights)
-        if statistics:
-            logs.update(zip(("posterior_scale", "mean_energy", "active_fraction"), numbers[-3:], strict=True))
+        logs.update(zip(statistics, numbers[len(self.names) :], strict=True))
         self._clear()
         return logs
 

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from dataclasses import dataclass, field
 
 import torch
@@ -14,16 +15,21 @@ from ..evaluation.streaming import StreamingEvaluation, mask_repeated_rows
 from .arguments import VariationalTrainingArguments
 from .callbacks import InterruptCallback, RankNoiseCallback, own_noise
 from .checkpoints import last_complete_checkpoint, non_finite_parameters, refuse_mixed_dtypes
+from .naming import is_variational
 from .recorder import StepRecorder, layer_names
+from .statistics import PARTS, StatisticsMean
 
 
 @dataclass
 class _Evaluation:
-    """What one evaluation gathers: the metrics of both passes, and sums over tokens of the loss and the KL."""
+    """What one evaluation gathers: the metrics of both passes, sums over tokens of the loss and the KL, and means over
+    tokens of the statistics of attention.
+    """
 
     mean_pass: StreamingEvaluation
     samples: StreamingEvaluation | None
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
+    attention: StatisticsMean = field(default_factory=StatisticsMean)
 
 
 class VariationalTrainer(Trainer):
@@ -36,11 +42,15 @@ class VariationalTrainer(Trainer):
     on Ctrl-C, and stops when the loss is no longer finite.
 
     While training it logs `nll`, `kl` and `kl/layer_<number>` (nats per target token), `kl_weight`, and, measured on
-    the steps that are logged, `posterior_scale`, `mean_energy` and `active_fraction`. An evaluation logs the metrics
-    of [`StreamingEvaluation`] as `eval_<metric>` for the predictive distribution over `eval_posterior_samples`
-    posterior samples and as `eval_mean_pass_<metric>` for the mean pass, `eval_kl`, and `eval_loss`, the training
-    objective. Where there are no posterior samples the two sets are the same. The posterior noise of an evaluation is
-    the same each time and leaves the generator of the training where it was.
+    the steps that are logged, the state of the posteriors: of EVE units `posterior_scale`, `mean_energy` and
+    `active_fraction`; of variational attention `attention_kl` (nats per token that carries KL, of all layers),
+    `attention_concentration` or `attention_scale` (also by layer, `.../layer_<number>`), and of the sampled weights
+    `attention_entropy` (nats) and `effective_keys`; of a model with both also `attention_kl_share`, the part of the KL
+    that is the attention's. An evaluation logs the metrics of [`StreamingEvaluation`] as `eval_<metric>` for the
+    predictive distribution over `eval_posterior_samples` posterior samples and as `eval_mean_pass_<metric>` for the
+    mean pass, `eval_kl`, the same state of the attention, and `eval_loss`, the training objective. Where there are no
+    posterior samples the two sets are the same. The posterior noise of an evaluation is the same each time and leaves
+    the generator of the training where it was.
 
     Args:
         model, args, ...: As in [`~transformers.Trainer`]; `args` are [`VariationalTrainingArguments`].
@@ -87,10 +97,19 @@ class VariationalTrainer(Trainer):
         """Numbers of the variational layers; empty for a deterministic model."""
         return list(getattr(self.model, "variational_layers", None) or [])
 
+    @property
+    def _has_variational_attention(self) -> bool:
+        return any(site == "attention" for _, site in getattr(self.model, "posterior_sites", None) or [])
+
     def kl_weight(self) -> float:
         """The KL weight of the step that is being taken."""
-        full = self.args.kl_weight if self.args.kl_weight is not None else self.model.config.kl_weight
+        full = self.args.kl_weight if self.args.kl_weight is not None else self._configured_kl_weight()
         return full * self.args.kl_factor(self.state.global_step, self.state.max_steps)
+
+    def _configured_kl_weight(self) -> float:
+        config = self.model.config
+        # where a stock model was made variational its settings have a place of their own
+        return config.kl_weight if hasattr(config, "kl_weight") else config.variational["kl_weight"]
 
     def _forward_arguments(self, training: bool) -> dict:
         if not self._layers:
@@ -102,7 +121,10 @@ class VariationalTrainer(Trainer):
             arguments["free_bits"] = self.args.free_bits
         if not training:
             samples = self.args.eval_posterior_samples
-            return {**arguments, "num_posterior_samples": samples, "output_uncertainty": samples > 0}
+            arguments.update(num_posterior_samples=samples, output_uncertainty=samples > 0)
+            if self._evaluation is not None and self._has_variational_attention:
+                arguments["output_posteriors"] = True
+            return arguments
         if self.args.train_posterior_samples is not None:
             arguments["num_posterior_samples"] = self.args.train_posterior_samples
         if self._will_log():
@@ -154,12 +176,12 @@ class VariationalTrainer(Trainer):
             values["kl"] = outputs.kl.detach() * scale
             per_layer = (outputs.kl_per_layer.detach() * scale).unbind()
             values.update(zip(layer_names(layers), per_layer, strict=True))
-            if outputs.reconstruction is not None:
-                values["reconstruction"] = outputs.reconstruction.detach() * scale
+            if outputs.get("reconstruction") is not None:
+                values["reconstruction"] = outputs["reconstruction"].detach() * scale
         step = self.state.global_step + 1
         self._recorder.add(step, values, self.kl_weight() if layers else None)
-        if layers and outputs.posteriors is not None:
-            self._recorder.add_statistics(outputs.posteriors)
+        if layers:
+            self._recorder.add_statistics(outputs.get("posteriors"), outputs.get("attention_posteriors"))
         if self._checks_every_step:
             if not self._recorder.last_is_finite():
                 self._stop(model, inputs)
@@ -200,8 +222,7 @@ class VariationalTrainer(Trainer):
         message = [f"The loss is not finite at step {step}" + (f" ({', '.join(names)})." if names else ".")]
         if layers:
             first, *above = sorted(layers)
-            parts = {"posterior_scale": "scale", "mean_energy": "mean"}
-            parts = [parts[name] for name, bad in statistics.items() if first in bad]
+            parts = [PARTS[name] for name, bad in statistics.items() if first in bad]
             detail = f" (its {' and its '.join(parts)})" if parts else ""
             also = f", nor are those above it, {', '.join(map(str, above))}" if above else ""
             message.append(f"The posterior of layer {first} is not finite{detail}{also}.")
@@ -209,10 +230,13 @@ class VariationalTrainer(Trainer):
             message.append("Every layer's posterior is finite; the likelihood is not.")
         elif self._layers:
             message.append("It came from another process, whose message names the layer.")
-        here = f".layers.{min(layers)}.mlp.eve." if layers else ".eve."
-        if bad := sorted(non_finite_parameters(self.model), key=lambda name: here not in name):
-            more = f" and {len(bad) - 3} more" if len(bad) > 3 else ""
-            message.append(f"Parameters that are not finite: {', '.join(bad[:3])}{more}.")
+        here = re.compile(rf"\.{min(layers)}\." if layers else "")
+        nearest = sorted(
+            non_finite_parameters(self.model), key=lambda name: not (is_variational(name) and here.search(name))
+        )
+        if nearest:
+            more = f" and {len(nearest) - 3} more" if len(nearest) > 3 else ""
+            message.append(f"Parameters that are not finite: {', '.join(nearest[:3])}{more}.")
         message.append(self._way_back())
         raise FloatingPointError(" ".join(message))
 
@@ -222,7 +246,8 @@ class VariationalTrainer(Trainer):
         probe = StepRecorder()
         bare = {name: value for name, value in inputs.items() if name != "labels"}
         unwrapped = self.accelerator.unwrap_model(model)
-        probe.add_statistics(unwrapped(**bare, num_posterior_samples=0, output_posteriors=True).posteriors)
+        outputs = unwrapped(**bare, num_posterior_samples=0, output_posteriors=True)
+        probe.add_statistics(outputs.get("posteriors"), outputs.get("attention_posteriors"))
         return probe.non_finite_statistics()
 
     def _way_back(self) -> str:
@@ -274,6 +299,8 @@ class VariationalTrainer(Trainer):
         streaming = evaluation.mean_pass if evaluation.samples is None else evaluation.samples
         streaming.update(outputs["logits"], inputs["labels"], outputs.get("uncertainty"))
         count = float((inputs["labels"][:, 1:] != -100).sum())
+        # also where no row counts, so that the processes have vectors of one length to add up
+        evaluation.attention.add(None, outputs.get("attention_posteriors"), weight=count)
         if count == 0:
             return
         total = float(num_items_in_batch)
@@ -284,7 +311,10 @@ class VariationalTrainer(Trainer):
     def _evaluation_metrics(self, evaluation: _Evaluation, prefix: str) -> dict[str, float]:
         device = self.args.device
         sums = evaluation.sums.to(device, torch.float32 if device.type == "mps" else torch.float64)
-        loss, kl, count = self.accelerator.reduce(sums, reduction="sum").tolist()
+        if evaluation.attention:
+            sums = torch.cat([sums, evaluation.attention.sums().to(sums)])
+        sums = self.accelerator.reduce(sums, reduction="sum")
+        loss, kl, count = sums[:3].tolist()
         if count == 0:
             return {}
         mean_pass = evaluation.mean_pass.gather(self.accelerator).compute()
@@ -294,6 +324,9 @@ class VariationalTrainer(Trainer):
         metrics = {f"{prefix}_loss": loss / count}
         if self._layers:
             metrics[f"{prefix}_kl"] = kl / count
+        if evaluation.attention:
+            state = evaluation.attention.summary(sums[3:], by_layer=False)
+            metrics.update({f"{prefix}_{name}": float(value) for name, value in state.items()})
         metrics.update({f"{prefix}_{name}": value for name, value in samples.items()})
         metrics.update({f"{prefix}_mean_pass_{name}": value for name, value in mean_pass.items()})
         return metrics

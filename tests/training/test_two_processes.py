@@ -13,6 +13,15 @@ HERE = Path(__file__).parent
 ROOT = Path(hf_variational.__file__).parents[1]
 CONFIG = HERE.parents[1] / "training" / "accelerate" / "two_cpu_processes.yaml"
 
+ATTENTION = (
+    "attention_kl",
+    "attention_kl_share",
+    "attention_concentration",
+    "attention_concentration/layer_1",
+    "attention_entropy",
+    "effective_keys",
+)
+
 
 def launch(folder, noise, accumulation, processes, *checkpoint):
     folder.mkdir()
@@ -47,7 +56,7 @@ def test_two_processes_give_the_loss_curve_of_one_with_twice_the_accumulation(ru
     assert len(curves[0]) == len(curves[1]) == 7
     names = ("loss", "nll", "kl", "kl/layer_0", "kl/layer_1", "kl_weight", "grad_norm", "learning_rate")
     for single, double in zip(*curves, strict=True):
-        for name in (*names, "posterior_scale", "mean_energy", "active_fraction"):
+        for name in (*names, "posterior_scale", "mean_energy", "active_fraction", *ATTENTION):
             assert double[name] == pytest.approx(single[name], rel=2e-5, abs=1e-9), (single["step"], name)
     assert curves[0][-1]["nll"] < curves[0][0]["nll"] and curves[0][-1]["kl"] < curves[0][0]["kl"]
 
@@ -75,6 +84,10 @@ def test_an_evaluation_over_two_processes_counts_every_row_once(runs):
         assert first["metrics"][key] == pytest.approx(one["metrics"][key], rel=1e-3, abs=1e-4), name
         assert first["metrics"][key] == second["metrics"][key]
     # the posterior noise is another, but its number of tokens and its size are not
+    for name in ("attention_kl", "attention_concentration", "attention_entropy", "effective_keys"):
+        key = f"eval_{name}"
+        assert first["metrics"][key] == pytest.approx(one["metrics"][key], rel=0.05), name
+        assert first["metrics"][key] == second["metrics"][key]
     assert first["metrics"]["eval_kl"] == pytest.approx(one["metrics"]["eval_kl"], rel=0.05)
     assert first["metrics"]["eval_nll"] == pytest.approx(one["metrics"]["eval_nll"], rel=0.05)
 

@@ -13,20 +13,21 @@ import torch
 from training_models import make_arguments, make_blocks, make_model
 from transformers import TrainerCallback
 
-from hf_variational import VariationalTrainer, posterior_noise
+from hf_variational import VariationalAttentionConfig, VariationalTrainer, posterior_noise
 
 
 class NoiseByMicroBatch:
-    """Noise by layer and by the micro-batch's number in the data, whichever process it went to."""
+    """Noise by layer and site and by the micro-batch's number in the data, whichever process it went to."""
 
     def __init__(self, process, processes):
         self.process, self.processes, self.seen = process, processes, {}
 
     def __call__(self, request):
-        local = self.seen.get(request.layer, 0)
-        self.seen[request.layer] = local + 1
+        site = (request.layer, request.site)
+        local = self.seen.get(site, 0)
+        self.seen[site] = local + 1
         number = local * self.processes + self.process
-        generator = torch.Generator().manual_seed(100 * number + request.layer)
+        generator = torch.Generator().manual_seed(100 * number + request.layer + 50 * (request.site == "attention"))
         return torch.randn(request.shape, generator=generator)
 
 
@@ -57,7 +58,12 @@ def main(output, noise, accumulation, checkpoint=None):
         save_steps=3,
         eval_posterior_samples=2,
     )
-    model = make_model(seed=arguments.process_index if noise == "own" else 0)
+    # units in both layers, attention in the second: every statistic there is
+    model = make_model(
+        seed=arguments.process_index if noise == "own" else 0,
+        attention=VariationalAttentionConfig("dirichlet"),
+        attention_layers=[1],
+    )
     model.register_forward_pre_hook(
         lambda module, args, kwargs: rows.append(kwargs["input_ids"].tolist()), with_kwargs=True
     )
