@@ -1,4 +1,5 @@
-"""Sampled attention weights and their divergence, from the logits in one pass forward and one backward.
+"""Sampled attention weights and their divergence, from the logits: of the Dirichlets in one pass forward and one
+backward.
 
 The pass goes block by block: a block's temporaries stay in a core's cache, its keys end where its queries' sight ends
 (which spares causal attention half the work), and what is kept for the backward pass is the weights, the mean's
@@ -90,7 +91,8 @@ def sample_weights(
     keys = visible_keys(visible, logits)
     if posterior.kind == "gaussian":
         noise = torch.randn(rows, dtype=logits.dtype, device=logits.device) if noise is None else noise[..., 0]
-        weights = masked_softmax(logits + log_value.exp().unsqueeze(1) * noise)
+        noisy = logits + log_value.exp().unsqueeze(1) * noise
+        weights = torch.softmax(noisy, -1) if _sees_something(visible) else masked_softmax(noisy)
         return weights, posterior.gaussian_kl(log_value, keys).expand(rows[0], *rows[2:-1])
     log_mean = torch.where(logits == -torch.inf, logits, torch.log_softmax(_finite(logits), -1))
     log_alpha = log_concentration(log_mean, log_value.unsqueeze(1))
@@ -105,6 +107,13 @@ def sample_weights(
         log_prior = posterior.log_ratio(log_value, torch.zeros_like(keys), keys).unsqueeze(1)
     kl = multi_gamma_kl(log_alpha, log_prior).sum(-1)
     return weights, kl.squeeze(1)
+
+
+def _sees_something(visible: Tensor | None) -> bool:
+    """Whether every row is known to see a key; not asked of an accelerator, which would have to be waited for."""
+    if visible is None:
+        return True
+    return visible.device.type == "cpu" and not torch.compiler.is_compiling() and bool(visible.any(-1).all())
 
 
 def _finite(logits: Tensor) -> Tensor:
@@ -137,52 +146,13 @@ def sample_weights_with_kl(
         KL summed over keys, nats, [batch, heads, queries], or `None`.
     """
     noise = None if noise is None else noise.to(logits.dtype).unflatten(0, (-1, copies))
-    if torch.compiler.is_compiling():
+    # The Gaussian has no intermediate results worth sparing: a fused pass was no faster and kept as much.
+    if torch.compiler.is_compiling() or posterior.kind == "gaussian":
         weights, kl = sample_weights(posterior, logits, log_value, visible, noise, copies)
         return weights.flatten(0, 1), kl if with_kl else None
-    if posterior.kind == "gaussian":
-        weights = _GaussianWeights.apply(logits, log_value, visible, noise, copies)
-        kl = posterior.gaussian_kl(log_value, visible_keys(visible, logits)) if with_kl else None
-        kl = kl if kl is None else kl.expand(logits.shape[:-1])
-    else:
-        differentiate = torch.is_grad_enabled() and (logits.requires_grad or log_value.requires_grad)
-        weights, kl = _DirichletWeights.apply(
-            posterior, logits, log_value, visible, noise, copies, with_kl, differentiate
-        )
+    differentiate = torch.is_grad_enabled() and (logits.requires_grad or log_value.requires_grad)
+    weights, kl = _DirichletWeights.apply(posterior, logits, log_value, visible, noise, copies, with_kl, differentiate)
     return weights.flatten(0, 1), kl
-
-
-class _GaussianWeights(torch.autograd.Function):
-    """softmax(A + sigma * noise)."""
-
-    @staticmethod
-    def forward(ctx, logits, log_scale, visible, noise, copies):
-        weights = _new_weights(logits, copies)
-        dispersion = torch.empty_like(weights)
-        ctx.blocks = _blocks(logits, visible, copies)
-        for block in ctx.blocks:
-            epsilon = block.of_samples(noise[..., 0]) if noise is not None else None
-            if epsilon is None:
-                epsilon = torch.randn_like(block.of_samples(weights), memory_format=torch.contiguous_format)
-            offset = epsilon * block.of_rows(log_scale).exp()
-            block.of_samples(dispersion).copy_(offset)
-            log_weights, blind = block.mask(offset.add_(block.of_rows(logits)), visible)
-            block.of_samples(weights).copy_(_softmax(log_weights, blind))
-        ctx.save_for_backward(weights, dispersion)
-        ctx.value_shape = log_scale.shape
-        return weights
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, weights_grad):
-        weights, dispersion = ctx.saved_tensors
-        logits_grad = weights.new_zeros(weights.shape[0], *weights.shape[2:])
-        log_scale_grad = weights.new_zeros(*logits_grad.shape[:-1], 1)
-        for block in ctx.blocks:
-            grad = _softmax_backward(block.of_samples(weights), block.of_samples(weights_grad))
-            block.of_rows(log_scale_grad).copy_((grad * block.of_samples(dispersion)).sum((1, -1), keepdim=True))
-            block.of_rows(logits_grad).copy_(grad.sum(1, keepdim=True))
-        return logits_grad, log_scale_grad.sum_to_size(ctx.value_shape), None, None, None
 
 
 class _DirichletWeights(torch.autograd.Function):
