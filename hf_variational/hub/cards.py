@@ -12,6 +12,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from ..modeling.classification_variational_gpt import problem_type_of
 from ..training.naming import is_variational
 
 _MARK = re.compile(r"\n*<!-- hf_variational card ([0-9a-f]{16}): .*? -->\s*\Z", re.DOTALL)
@@ -94,9 +95,7 @@ def _problem(model) -> str:
     """What the model predicts, in transformers' words for the problem type; tokens are labels too."""
     if not type(model).__name__.endswith("ForSequenceClassification"):
         return "single_label_classification"
-    return model.config.problem_type or (
-        "regression" if model.config.num_labels == 1 else "single_label_classification"
-    )
+    return problem_type_of(model.config)
 
 
 def _noun(model) -> str:

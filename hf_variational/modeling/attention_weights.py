@@ -172,14 +172,15 @@ class _DirichletWeights(torch.autograd.Function):
             log_m = torch.log_softmax(masked, -1)
             log_v = block.of_rows(log_value)
             log_alpha = (log_m + log_v).clamp_(min=LOG_CONCENTRATION_FLOOR)
+            alpha = log_alpha.exp()
             if with_kl:
                 log_ratio = posterior.log_ratio(log_v, log_alpha, block.of_rows(keys))
-                divergence = block.hide(fast_multi_gamma_kl(log_alpha.exp(), log_ratio), visible)
+                divergence = block.hide(fast_multi_gamma_kl(alpha, log_ratio), visible)
                 block.of_rows(kl.unsqueeze(-1)).copy_(divergence.sum(-1, keepdim=True))
             drawn = block.of_samples(noise) if noise is not None else None
             approximate = posterior.kind == "approximate_dirichlet"
-            log_alpha = log_alpha.expand(-1, copies, -1, -1, -1)
-            log_g, derivative = log_gamma_with_slope(log_alpha, drawn, approximate, slope=differentiate)
+            alpha = alpha.expand(-1, copies, -1, -1, -1)
+            log_g, derivative = log_gamma_with_slope(alpha, drawn, approximate, slope=differentiate)
             log_g, _ = block.mask(log_g, visible)
             block.of_samples(weights).copy_(_softmax(log_g, blind))
             if differentiate:
@@ -200,7 +201,7 @@ class _DirichletWeights(torch.autograd.Function):
             log_m, log_v = block.of_rows(log_mean), block.of_rows(log_value)
             grad = _softmax_backward(block.of_samples(weights), block.of_samples(weights_grad))
             grad = grad.mul_(block.of_samples(slope)).sum(1, keepdim=True)
-            total = grad.sum(-1, keepdim=True)
+            total = value_total = grad.sum(-1, keepdim=True)
             if kl_grad is not None:
                 log_alpha = (log_m + log_v).clamp_(min=LOG_CONCENTRATION_FLOOR)
                 log_ratio = ctx.posterior.log_ratio(log_v, log_alpha, block.of_rows(keys))
@@ -208,15 +209,11 @@ class _DirichletWeights(torch.autograd.Function):
                 if not contextual:
                     pull.masked_fill_(log_m + log_v < LOG_CONCENTRATION_FLOOR, 0.0)
                 pull = pull.mul_(block.of_rows(kl_grad.unsqueeze(-1)))
-                pulled = pull.sum(-1, keepdim=True)
-                if contextual:
-                    block.of_rows(log_value_grad).copy_(total + pulled)
-                else:
+                value_total = total + pull.sum(-1, keepdim=True)
+                if not contextual:
                     grad += pull
-                    total = total + pulled
-                    block.of_rows(log_value_grad).copy_(total)
-            else:
-                block.of_rows(log_value_grad).copy_(total)
+                    total = value_total
+            block.of_rows(log_value_grad).copy_(value_total)
             block.of_rows(logits_grad).copy_(grad.sub_(log_m.exp().mul_(total)))
         return None, logits_grad, log_value_grad.sum_to_size(log_value.shape), None, None, None, None, None
 

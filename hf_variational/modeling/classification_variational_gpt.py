@@ -139,11 +139,9 @@ class VariationalGPTForSequenceClassification(
                     f"problem_type={self.config.problem_type!r} is unknown; choose from {', '.join(PROBLEM_TYPES)}."
                 )
             return self.config.problem_type
-        if self.config.num_labels == 1:
-            problem_type = "regression"
-        elif labels is None or labels.dtype in (torch.long, torch.int):
-            problem_type = "single_label_classification"
-        else:
+        problem_type = problem_type_of(self.config)
+        is_class = labels is None or labels.dtype in (torch.long, torch.int)
+        if problem_type == "single_label_classification" and not is_class:
             problem_type = "multi_label_classification"
         if labels is not None:
             # As in transformers: pipelines read it off the config that is saved with the trained model.
@@ -368,6 +366,11 @@ def read_values(
     if output_sample_logits:
         fields["sample_logits"] = samples
     return fields
+
+
+def problem_type_of(config) -> str:
+    """What a sequence classifier predicts, as far as its configuration alone says."""
+    return config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
 
 
 def log_odds_of_mean(logits: Tensor) -> Tensor:

@@ -63,22 +63,21 @@ def sample_dirichlet(log_alpha: Tensor, noise: Tensor | None = None, approximate
     """
     visible = log_alpha != -torch.inf
     floored = log_alpha.masked_fill(~visible, LOG_CONCENTRATION_FLOOR)
-    value, slope = log_gamma_with_slope(floored.detach(), noise, approximate)
+    value, slope = log_gamma_with_slope(floored.detach().exp(), noise, approximate)
     log_g = value + slope * (floored - floored.detach())
     return masked_softmax(log_g.masked_fill(~visible, -torch.inf))
 
 
 def log_gamma_with_slope(
-    log_alpha: Tensor, noise: Tensor | None, approximate: bool, slope: bool = True
+    alpha: Tensor, noise: Tensor | None, approximate: bool, slope: bool = True
 ) -> tuple[Tensor, Tensor | None]:
     """log g of g ~ Gamma(alpha) (or its approximation), and d log g / d log alpha along the sample.
 
     Args:
-        log_alpha: finite, any shape.
+        alpha: concentrations above 0, any shape.
         noise, approximate: as in `sample_dirichlet`.
         slope: whether the derivative is wanted.
     """
-    alpha = log_alpha.exp()
     if approximate:
         if noise is None:
             exponential = draw_exponential(alpha)

@@ -13,7 +13,7 @@ from transformers.generation import GenerationMixin
 from transformers.utils import ModelOutput
 
 from ..modeling.attention import AttentionPosterior
-from ..modeling.classification_variational_gpt import log_odds_of_mean
+from ..modeling.classification_variational_gpt import log_odds_of_mean, problem_type_of
 from ..modeling.configuration_variational_gpt import VariationalAttentionConfig, check_num_posterior_samples
 from ..modeling.generation import VariationalGenerationMixin
 from ..modeling.heads import NonReentrantMixin, check_samples_for
@@ -219,7 +219,7 @@ class VariationalMixin(NonReentrantMixin):
         if cache is None and use_cache and num_samples and not self.training and self._can_cache:
             cache = inputs["past_key_values"] = DynamicCache(config=self.config)
         if cache is not None:
-            layers = len(decoder_layers(self))
+            layers = self.config.get_text_config().num_hidden_layers
             prepare_cache(cache, layers, self.variational_layers[0], num_samples, shared_at_split=False)
         return cache
 
@@ -264,9 +264,7 @@ class VariationalMixin(NonReentrantMixin):
     def _problem(self) -> str:
         if not type(self).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
             return "single_label_classification"
-        if self.config.problem_type is not None:
-            return self.config.problem_type
-        return "regression" if self.config.num_labels == 1 else "single_label_classification"
+        return problem_type_of(self.config)
 
     def _measure(self, outputs, sampled: Tensor, axis: SampleAxis, inputs: dict, ours: dict) -> None:
         if ours["output_uncertainty"]:

@@ -5,7 +5,13 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from hf_variational import EVEConfig, VariationalGPTConfig, VariationalGPTForCausalLM, save_for_hub
+from hf_variational import (
+    EVEConfig,
+    VariationalAttentionConfig,
+    VariationalGPTConfig,
+    VariationalGPTForCausalLM,
+    save_for_hub,
+)
 
 TEXT = (
     "The with statement is used to wrap the execution of a block with methods defined by a context manager. "
@@ -26,7 +32,7 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
 
 
-def _checkpoint(folder, tokenizer, eve):
+def _checkpoint(folder, tokenizer, **variational):
     torch.manual_seed(0)
     config = VariationalGPTConfig(
         vocab_size=len(tokenizer),
@@ -39,7 +45,7 @@ def _checkpoint(folder, tokenizer, eve):
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,
-        eve=eve,
+        **variational,
     )
     save_for_hub(VariationalGPTForCausalLM(config), folder, tokenizer)
     return str(folder)
@@ -47,9 +53,15 @@ def _checkpoint(folder, tokenizer, eve):
 
 @pytest.fixture(scope="session")
 def eve_checkpoint(tmp_path_factory, tokenizer):
-    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "eve", tokenizer, EVEConfig(initial_scale=0.5))
+    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "eve", tokenizer, eve=EVEConfig(initial_scale=0.5))
 
 
 @pytest.fixture(scope="session")
 def twin_checkpoint(tmp_path_factory, tokenizer):
-    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "twin", tokenizer, None)
+    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "twin", tokenizer, eve=None)
+
+
+@pytest.fixture(scope="session")
+def attention_checkpoint(tmp_path_factory, tokenizer):
+    attention = VariationalAttentionConfig("dirichlet", initial_concentration=5.0)
+    return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "attention", tokenizer, eve=None, attention=attention)

@@ -3,11 +3,9 @@
 import json
 
 import pytest
-import torch
 import yaml
 from typer.testing import CliRunner
 
-from hf_variational import VariationalAttentionConfig, VariationalGPTConfig, VariationalGPTForCausalLM, save_for_hub
 from hf_variational.cli import app
 
 TEXT = "The with statement is used to wrap the execution of a block. A compound statement has clauses.\n" * 8
@@ -20,28 +18,6 @@ def run(*arguments):
     return result
 
 
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory, tokenizer):
-    torch.manual_seed(0)
-    config = VariationalGPTConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        initializer_range=0.3,
-        eve=None,
-        attention=VariationalAttentionConfig("dirichlet", initial_concentration=5.0),
-    )
-    folder = tmp_path_factory.mktemp("checkpoints") / "attention"
-    save_for_hub(VariationalGPTForCausalLM(config), folder, tokenizer)
-    return folder
-
-
 @pytest.fixture
 def text_file(tmp_path):
     path = tmp_path / "text.txt"
@@ -49,19 +25,19 @@ def text_file(tmp_path):
     return path
 
 
-def test_generate_measures_each_token(checkpoint, tmp_path):
+def test_generate_measures_each_token(attention_checkpoint, tmp_path):
     page = tmp_path / "page.html"
     options = ("--prompt", "The with", "--max-new-tokens", 4)
-    result = json.loads(run("generate", checkpoint, *options, "--json").stdout)
+    result = json.loads(run("generate", attention_checkpoint, *options, "--json").stdout)
     assert result["num_posterior_samples"] == 8
     assert any(token["mutual_information"] > 0 for token in result["tokens"])
-    shown = run("generate", checkpoint, *options, "--samples", 3, "--html", page)
+    shown = run("generate", attention_checkpoint, *options, "--samples", 3, "--html", page)
     assert shown.exit_code == 0 and "mutual information  0" in shown.stdout and page.is_file()
 
 
-def test_evaluate_compares_the_samples_with_the_mean_pass(checkpoint, text_file):
+def test_evaluate_compares_the_samples_with_the_mean_pass(attention_checkpoint, text_file):
     options = ("--data", text_file, "--samples", 2, "--block-size", 16, "--json")
-    (metrics,) = json.loads(run("evaluate", checkpoint, *options).stdout)["data"].values()
+    (metrics,) = json.loads(run("evaluate", attention_checkpoint, *options).stdout)["data"].values()
     assert metrics["samples"]["mutual_information"] > 0 and metrics["mean_pass"]["nll"] > 0
 
 
