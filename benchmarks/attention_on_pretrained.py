@@ -14,7 +14,7 @@ from report import machine, show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_variational import VariationalAttentionConfig, add_variational_attention, evaluate_language_model
+from hf_variational import VariationalAttentionConfig, variationalize, evaluate_language_model
 from hf_variational.demo.texts import read_text
 
 ROWS = {
@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> dict:
     measured = {"the model as it is": reference}
     for name, attention in configurations().items():
         if options.only in name:
-            model = add_variational_attention(copy.deepcopy(base), attention)
+            model = variationalize(copy.deepcopy(base), attention=attention)
             measured[name] = measure(model)["samples"]
     result = {
         "claim": "attention sampled without training",

@@ -4,6 +4,7 @@ Importing the package registers its models with transformers' Auto classes.
 """
 
 from importlib import import_module
+from importlib.util import find_spec
 
 from transformers import (
     AutoConfig,
@@ -19,15 +20,26 @@ from . import (
 from . import (
     modeling,
 )
+from . import (
+    retrofit as _retrofit,
+)
 from .modeling import *  # noqa: F403
-
-__version__ = "0.1.0"
+from .version import __version__
 
 # Imported when first asked for: they pull in accelerate and datasets, which a user of a checkpoint does not need.
 _LAZY = {
     "VariationalTrainer": ".training",
     "VariationalTrainingArguments": ".training",
-    "add_variational_attention": ".retrofit",
+    "variationalize": ".retrofit",
+    "to_deterministic": ".retrofit",
+    "calibrate_prior": ".retrofit.calibrate",
+    "fit_scale": ".retrofit.scale",
+    "FittedScale": ".retrofit.scale",
+    "EVEAdapterConfig": ".retrofit.peft",
+    "fit_temperature": ".evaluation",
+    "token_scores": ".evaluation",
+    "token_windows": ".evaluation",
+    "evaluate_domains": ".evaluation",
     "variational_class": ".retrofit",
     "StreamingEvaluation": ".evaluation",
     "evaluate_language_model": ".evaluation",
@@ -44,10 +56,15 @@ AutoModelForSequenceClassification.register(
 )
 AutoModelForTokenClassification.register(modeling.VariationalGPTConfig, modeling.VariationalGPTForTokenClassification)
 
+if find_spec("peft") is not None:
+    from .retrofit import peft as _peft  # noqa: F401  registers the method "EVE"
+
 
 def __getattr__(name: str):
     if name in _LAZY:
         return getattr(import_module(_LAZY[name], __name__), name)
+    if name.startswith("Variational"):
+        return getattr(_retrofit.classes, name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

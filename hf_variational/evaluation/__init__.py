@@ -1,12 +1,35 @@
 """What a language model's predictions are worth: likelihood, calibration, tails and the predictive measures."""
 
+from .domains import (
+    TokenScores,
+    auroc,
+    domain_auroc,
+    evaluate_domains,
+    mean_over_domains,
+    scores_at_temperatures,
+    token_scores,
+    token_windows,
+)
 from .language_model import evaluate_language_model
 from .streaming import METRIC_NAMES, StreamingEvaluation, conditional_value_at_risk, mask_repeated_rows
+from .temperature import FittedTemperature, fit_temperature, optimal_temperature, temper
 
 __all__ = [
     "METRIC_NAMES",
+    "FittedTemperature",
     "StreamingEvaluation",
+    "TokenScores",
+    "auroc",
     "conditional_value_at_risk",
+    "domain_auroc",
+    "evaluate_domains",
     "evaluate_language_model",
+    "fit_temperature",
     "mask_repeated_rows",
+    "mean_over_domains",
+    "optimal_temperature",
+    "scores_at_temperatures",
+    "temper",
+    "token_scores",
+    "token_windows",
 ]

@@ -154,8 +154,7 @@ class EVE(nn.Module):
     def _record(self, h, z, kl, mean, log_scale, axis):
         per_unit = {}
         if kl is None:
-            mean = mean.to(log_scale.dtype)
-            elementwise = gaussian_kl(mean, log_scale, *self._prior(mean, axis))
+            elementwise, mean = self.divergence(mean, log_scale, axis)
             # A shared mean or scale leaves axes of size 1, but each latent dimension has its KL.
             elementwise = elementwise.expand(*mean.shape[:2], *self.width)
             kl = elementwise.flatten(2).sum(-1)
@@ -171,6 +170,11 @@ class EVE(nn.Module):
         statistics = PosteriorStatistics(kl, **per_unit)
         record = PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction)
         self.tap(record, axis.tape)
+
+    def divergence(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> tuple[Tensor, Tensor]:
+        """The KL of each latent, broadcastable to `mean`, and the mean in its dtype."""
+        mean = mean.to(log_scale.dtype)
+        return gaussian_kl(mean, log_scale, *self._prior(mean, axis)), mean
 
     def _prior(self, mean: Tensor, axis: SampleAxis) -> tuple[Tensor | None, Tensor]:
         """Mean (`None`: the posterior's own) and log-scale of the prior, broadcastable to `mean`."""

@@ -8,6 +8,9 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation import (
     GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
     GenerationMixin,
     GenerationMode,
     StoppingCriteria,
@@ -15,7 +18,12 @@ from transformers.generation import (
 )
 
 from .configuration_variational_gpt import check_num_posterior_samples
-from .outputs import VariationalGenerateBeamOutput, VariationalGenerateOutput
+from .outputs import (
+    VariationalGenerateBeamEncoderDecoderOutput,
+    VariationalGenerateBeamOutput,
+    VariationalGenerateEncoderDecoderOutput,
+    VariationalGenerateOutput,
+)
 from .predictive import PredictiveMeasures, token_variance
 
 
@@ -112,6 +120,12 @@ class UncertaintyRecorder:
         return torch.where(match, variances.to(match.device), 0.0).amax(-1)
 
 
+_OUTPUTS = {
+    GenerateDecoderOnlyOutput: VariationalGenerateOutput,
+    GenerateBeamDecoderOnlyOutput: VariationalGenerateBeamOutput,
+    GenerateEncoderDecoderOutput: VariationalGenerateEncoderDecoderOutput,
+    GenerateBeamEncoderDecoderOutput: VariationalGenerateBeamEncoderDecoderOutput,
+}
 _recorder: ContextVar[UncertaintyRecorder | None] = ContextVar("uncertainty_recorder", default=None)
 
 
@@ -189,10 +203,9 @@ class VariationalGenerationMixin(GenerationMixin):
             _recorder.reset(token)
         if not recorder.returned:
             return result
-        if isinstance(result, GenerateBeamDecoderOnlyOutput):
-            measures = recorder.measures(result.sequences, result.beam_indices)
-            return VariationalGenerateBeamOutput(**result, uncertainty=measures)
-        return VariationalGenerateOutput(**result, uncertainty=recorder.measures(result.sequences))
+        # Only beams have indices.
+        measures = recorder.measures(result.sequences, getattr(result, "beam_indices", None))
+        return _OUTPUTS[type(result)](**result, uncertainty=measures)
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As in transformers; `num_posterior_samples` of the generation config is kept."""

@@ -3,7 +3,12 @@
 from dataclasses import dataclass
 
 from torch import Tensor
-from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecoderOnlyOutput
+from transformers.generation import (
+    GenerateBeamDecoderOnlyOutput,
+    GenerateBeamEncoderDecoderOutput,
+    GenerateDecoderOnlyOutput,
+    GenerateEncoderDecoderOutput,
+)
 from transformers.modeling_outputs import (
     BaseModelOutputWithPast,
     CausalLMOutputWithPast,
@@ -134,6 +139,28 @@ class VariationalGenerateOutput(GenerateDecoderOnlyOutput):
 @dataclass
 class VariationalGenerateBeamOutput(GenerateBeamDecoderOnlyOutput):
     """`GenerateBeamDecoderOnlyOutput` with the measures of each new token of the returned beams.
+
+    Attributes:
+        uncertainty: as in [`VariationalGenerateOutput`].
+    """
+
+    uncertainty: PredictiveMeasures | None = None
+
+
+@dataclass
+class VariationalGenerateEncoderDecoderOutput(GenerateEncoderDecoderOutput):
+    """`GenerateEncoderDecoderOutput` with the measures of each new token.
+
+    Attributes:
+        uncertainty: as in [`VariationalGenerateOutput`].
+    """
+
+    uncertainty: PredictiveMeasures | None = None
+
+
+@dataclass
+class VariationalGenerateBeamEncoderDecoderOutput(GenerateBeamEncoderDecoderOutput):
+    """`GenerateBeamEncoderDecoderOutput` with the measures of each new token of the returned beams.
 
     Attributes:
         uncertainty: as in [`VariationalGenerateOutput`].

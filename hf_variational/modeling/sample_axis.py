@@ -99,8 +99,9 @@ class SampleAxis:
         cache: the cache, for the noise that lasts a sequence.
         seen: tokens that the cache held before this pass.
         tape: where the posteriors' records go in a model that transformers does not record them for.
-        visited, attentions: in such a model, numbers of the layers whose attention this axis has reached; and whether
-            attention weights are asked for.
+        first_layer: number of the layer that the cache counts from: a decoder's layers come after its encoder's.
+        visited, attentions: in a retrofitted model, (layer, site) of the posteriors that this axis has reached; and
+            whether attention weights are asked for.
     """
 
     def __init__(
@@ -115,6 +116,7 @@ class SampleAxis:
         cache: Cache | None = None,
         seen: Tensor | int = 0,
         tape: list | None = None,
+        first_layer: int = 0,
     ):
         self.num_samples = num_samples
         self.batch = batch
@@ -126,7 +128,8 @@ class SampleAxis:
         self.cache = cache
         self.seen = seen
         self.tape = tape
-        self.visited: set[int] = set()
+        self.first_layer = first_layer
+        self.visited: set[tuple[int, str]] = set()
         self.attentions = False
         self.noise_source = _noise_source
 
@@ -147,11 +150,12 @@ class SampleAxis:
 
     def noise(self, layer: int, length: int, width: tuple[int, ...], device: torch.device) -> Tensor:
         """Fresh standard normal noise in float32, [batch * S, length, *width]."""
-        return self._draw(layer, length, width, device, self.positions)
+        positions = None if self.noise_source is None else self._positions(length, device)
+        return self._draw(layer, length, width, device, positions)
 
     def sequence_noise(self, layer: int, width: tuple[int, ...], device: torch.device) -> Tensor:
         """Noise that lasts a sequence, [batch * S, 1, *width]: drawn when it starts, then kept by the cache."""
-        kept = self.cache.layers[layer] if self.cache is not None else None
+        kept = self.cache.layers[layer - self.first_layer] if self.cache is not None else None
         if kept is not None and kept.sequence_noise is not None:
             return kept.sequence_noise
         noise = self._draw(layer, 1, width, device, None)
@@ -166,10 +170,7 @@ class SampleAxis:
         if self.noise_source is None or self.num_samples == 0:
             return None
         _, length, keys, _ = shape
-        positions = self.positions
-        if positions is None:
-            positions = (torch.arange(length, device=device) + int(self.seen)).unsqueeze(0)
-        positions = positions.expand(self.batch, -1)
+        positions = self._positions(length, device)
         if length == keys and int(self.seen) == 0:
             key_positions = positions
         else:
@@ -183,12 +184,16 @@ class SampleAxis:
             )
         )
 
+    def _positions(self, length: int, device: torch.device) -> Tensor:
+        positions = self.positions
+        if positions is None:
+            positions = (torch.arange(length, device=device) + int(self.seen)).unsqueeze(0)
+        return positions.expand(self.batch, -1)
+
     def _draw(self, layer, length, width, device, positions):
         shape = (self.rows, length, *width)
         if self.noise_source is None:
             return torch.randn(shape, device=device)
-        if positions is not None:
-            positions = positions.expand(self.batch, -1)
         return self._ask(NoiseRequest(layer, self.batch, self.num_samples, positions, shape, device))
 
     def _ask(self, request: NoiseRequest) -> Tensor:

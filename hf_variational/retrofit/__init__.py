@@ -1,6 +1,8 @@
-"""Existing models made variational: attention through transformers' attention interface."""
+"""Existing models made variational: their feed-forward networks, and their attention."""
 
-from .convert import add_variational_attention
-from .model import VariationalMixin, variational_class
+from .classes import variational_class
+from .convert import to_deterministic, variationalize
+from .model import VariationalMixin
+from .settings import VariationalSettings
 
-__all__ = ["VariationalMixin", "add_variational_attention", "variational_class"]
+__all__ = ["VariationalMixin", "VariationalSettings", "to_deterministic", "variational_class", "variationalize"]

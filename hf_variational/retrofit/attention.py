@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, eager_mask, sdpa_mask
-from transformers.utils.output_capturing import OutputRecorder
 
 from ..modeling.attention import AttentionPosterior, mean_weights
 from ..modeling.configuration_variational_gpt import VariationalAttentionConfig
-from ..modeling.sample_axis import SampleAxis
+from .families import device_of, layers_of, recorded
+from .passes import active_axis
 
 _SINKS = "they take weight that no key has, and a row of sampled weights sums to 1 over its keys."
 # Our attention functions, by the stock implementation that runs their mean pass.
@@ -30,13 +30,12 @@ def variational_attention_forward(
     mean_attention=sdpa_attention_forward,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sample_axis: SampleAxis | None = None,
     **kwargs,
 ) -> tuple[Tensor, Tensor | None]:
     """An attention function in transformers' sense: samples where the module has a posterior and the pass has samples,
-    and the stock function otherwise. Shapes and arguments as in transformers; `sample_axis` comes with the keyword
-    arguments.
+    and the stock function otherwise. Shapes and arguments as in transformers.
     """
+    sample_axis = active_axis()
     if kwargs.get("s_aux") is not None:
         raise ValueError(f"This attention has sinks (s_aux): {_SINKS}")
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -50,7 +49,7 @@ def variational_attention_forward(
     posterior = getattr(module, "posterior", None)
     output = weights = None
     if posterior is not None and sample_axis is not None:
-        sample_axis.visited.add(posterior.layer_idx)
+        sample_axis.visited.add((posterior.layer_idx, "attention"))
         if sample_axis.num_samples or sample_axis.record:
             if query.shape[0] != sample_axis.rows:
                 raise ValueError(
@@ -85,11 +84,6 @@ AttentionInterface.register(IMPLEMENTATIONS["eager"], variational_eager_attentio
 AttentionMaskInterface.register(IMPLEMENTATIONS["eager"], eager_mask)
 
 
-def decoder_layers(model: PreTrainedModel) -> list[nn.Module]:
-    """The transformer layers of a model, in order; empty if the model does not say which they are."""
-    return _recorded(model, "hidden_states")
-
-
 def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
     """Layer number to self-attention module, of a model whose attention goes through the attention interface.
 
@@ -103,50 +97,18 @@ def attention_modules(model: PreTrainedModel) -> dict[int, nn.Module]:
             f"{name} does not call its attention through transformers' attention interface, so its weights cannot be "
             "made variational from outside. gpt2, llama, qwen3, gemma, bert and vit are families that do."
         )
-    attentions = [module for module in _recorded(model, "attentions") if not getattr(module, "is_cross_attention", 0)]
+    attentions = [module for module in recorded(model, "attentions") if not getattr(module, "is_cross_attention", 0)]
     if any(getattr(module, "sinks", None) is not None for module in attentions):
         raise ValueError(f"The attention of {name} has sinks: {_SINKS}")
-    layers = decoder_layers(model)
-    expected = getattr(model.config.get_text_config(), "num_hidden_layers", len(layers))
-    if len(layers) != expected:
-        raise ValueError(
-            f"{name} has {expected} layers, and records {len(layers)} modules as layers: a module that several layers "
-            "share has one posterior for all of them, and of two towers only one can be variational."
-        )
     found = {}
-    for index, layer in enumerate(layers):
-        inside = set(layer.modules())
+    for layer in layers_of(model):
+        inside = set(layer.module.modules())
         for attention in attentions:
             if attention in inside:
-                found[index] = attention
+                found[layer.index] = attention
     if not found:
         raise ValueError(f"{name} does not say which of its modules are its layers and their attention.")
     return found
-
-
-def _recorded(model: PreTrainedModel, key: str) -> list[nn.Module]:
-    """The modules that transformers records under `key`, in order."""
-    specs = (model.base_model._can_record_outputs or {}).get(key, [])
-    found = []
-    for spec in specs if isinstance(specs, list) else [specs]:
-        target = spec.target_class if isinstance(spec, OutputRecorder) else spec
-        place = getattr(spec, "layer_name", None)
-        for name, module in model.named_modules():
-            if isinstance(module, target) and (place is None or f".{place.strip('.')}." in f".{name}."):
-                found.append(module)
-    return found
-
-
-def check_layers(layers: list[int] | None, available: dict[int, nn.Module]) -> list[int]:
-    """The sorted layer numbers; raises `ValueError` for one that has no attention to make variational."""
-    if layers is None:
-        return sorted(available)
-    if not isinstance(layers, (list, tuple)) or not layers:
-        raise ValueError(f"layers must be a list of layer numbers or None (all), got {layers!r}.")
-    for layer in layers:
-        if isinstance(layer, bool) or not isinstance(layer, int) or layer not in available:
-            raise ValueError(f"layers names {layer!r}, but the layers with attention are {sorted(available)}.")
-    return sorted(set(layers))
 
 
 def install_posteriors(model: PreTrainedModel, attention: VariationalAttentionConfig, layers: list[int]) -> None:
@@ -158,9 +120,9 @@ def install_posteriors(model: PreTrainedModel, attention: VariationalAttentionCo
         heads = config.num_attention_heads
         head_dim = getattr(module, "head_dim", None) or config.hidden_size // heads
         posterior = AttentionPosterior(attention, heads, head_dim, layer, _longest_row(config))
-        weight = next(module.parameters())
-        posterior.to(weight.device)
-        if weight.device.type != "meta":
+        device = device_of(module)
+        posterior.to(device)
+        if device.type != "meta":
             posterior.init_weights()
         module.posterior = posterior
 

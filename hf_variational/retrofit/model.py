@@ -1,30 +1,30 @@
-"""Stock classes that take `num_posterior_samples`: a mixin, and the class made of it and any stock class."""
+"""Stock classes that take `num_posterior_samples`: the mixin that stands before a stock class among the bases."""
 
-import inspect
-from dataclasses import dataclass, field, make_dataclass
-from functools import cache
-from numbers import Real
+from functools import partial
 
 import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
-from transformers.generation import GenerationMixin
-from transformers.utils import ModelOutput
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..modeling.attention import AttentionPosterior
 from ..modeling.classification_variational_gpt import log_odds_of_mean, problem_type_of
-from ..modeling.configuration_variational_gpt import VariationalAttentionConfig, check_num_posterior_samples
-from ..modeling.generation import VariationalGenerationMixin
+from ..modeling.configuration_variational_gpt import check_num_posterior_samples
+from ..modeling.eve import EVE
 from ..modeling.heads import NonReentrantMixin, check_samples_for
-from ..modeling.objective import IGNORE_INDEX, ScoredTokens, attended_positions, posterior_penalties, shift_targets
+from ..modeling.objective import IGNORE_INDEX, posterior_penalties
 from ..modeling.posterior import check_complete
 from ..modeling.predictive import log_mean_probability, predictive_measures, widen
-from ..modeling.sample_axis import SampleAxis, prepare_cache, repeat_rows, tokens_held
-from .attention import IMPLEMENTATIONS, attention_modules, decoder_layers, install_posteriors
+from ..modeling.sample_axis import repeat_rows
+from .attention import IMPLEMENTATIONS
+from .axes import TARGETS, Pass, pass_of, shifts_labels
+from .install import install, make_variational
+from .outputs import output_class
+from .passes import active_axes, checkpoint_in_pass
+from .settings import VariationalSettings
 
 # What `forward` takes beside the stock arguments.
-_OURS = {
+ARGUMENTS = {
     "num_posterior_samples": None,
     "output_uncertainty": False,
     "output_posteriors": False,
@@ -32,33 +32,7 @@ _OURS = {
     "kl_weight": None,
     "free_bits": 0.0,
 }
-_TARGETS = ("labels", "shift_labels", "start_positions", "end_positions", "next_sentence_label")
 _SCORED = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
-# What an output has behind the stock fields.
-_ADDED = ("nll", "kl", "kl_per_layer", "uncertainty", "attention_posteriors", "sample_logits")
-
-
-@dataclass
-class VariationalSettings:
-    """What is variational in a retrofitted model, kept as `config.variational`.
-
-    Attributes:
-        attention: dictionary of a [`VariationalAttentionConfig`].
-        attention_layers: numbers of the layers whose attention is variational.
-        kl_weight: beta, used where `forward` is not given one.
-        num_posterior_samples: samples drawn in train mode where `forward` is not told how many.
-    """
-
-    attention: dict
-    attention_layers: list[int]
-    kl_weight: float = 1e-4
-    num_posterior_samples: int = 1
-
-    def __post_init__(self):
-        check_num_posterior_samples(self.num_posterior_samples)
-        is_number = isinstance(self.kl_weight, Real) and not isinstance(self.kl_weight, bool)
-        if not is_number or not 0 <= self.kl_weight < float("inf"):
-            raise ValueError(f"kl_weight must be a finite number of 0 or more, got {self.kl_weight!r}.")
 
 
 class VariationalMixin(NonReentrantMixin):
@@ -71,29 +45,39 @@ class VariationalMixin(NonReentrantMixin):
     answers with) has batch * S rows, row `b * S + s` being sample `s` of sequence `b`.
     """
 
-    def __init__(self, config, *args, **kwargs):
-        super().__init__(config, *args, **kwargs)
-        settings = getattr(config, "variational", None)
-        if settings is not None:
-            install(self, VariationalSettings(**settings))
+    # What knows the settings of the active adapter, where adapters and not the config make the model variational.
+    adapters = None
 
-    def __reduce_ex__(self, protocol):
-        if type(self) is not variational_class(self.stock_class):
-            return super().__reduce_ex__(protocol)
-        # Its class is made of the stock one, and stands in no module under its name.
-        return _new, (self.stock_class,), self.__dict__
+    def __init__(self, config, *args, **kwargs):
+        made = type(config)
+        if made is self.config_class:
+            # Some stock heads ask AutoModel for their base model, which must be the stock one inside this one.
+            config.__class__ = self.stock_class.config_class
+        try:
+            super().__init__(config, *args, **kwargs)
+        finally:
+            config.__class__ = made
+        make_variational(config, self.config_class)
+        if getattr(config, "variational", None) is not None:
+            install(self, self.settings)
 
     @property
     def settings(self) -> VariationalSettings:
         """What is variational in this model."""
-        return VariationalSettings(**self.config.variational)
+        if self.adapters is not None:
+            return self.adapters.settings(self)
+        values = getattr(self.config, "variational", None)
+        # Kept, because it is asked in every forward pass, and torch.compile cannot trace the reading.
+        kept = self.__dict__.get("_settings")
+        if kept is None or kept[0] is not values:
+            kept = values, VariationalSettings() if values is None else VariationalSettings.from_dict(values)
+            self.__dict__["_settings"] = kept
+        return kept[1]
 
     @property
     def posterior_sites(self) -> list[tuple[int, str]]:
-        """(layer, site) of each posterior."""
-        if getattr(self.config, "variational", None) is None:
-            return []
-        return [(layer, "attention") for layer in self.settings.attention_layers]
+        """(layer, site) of each posterior, site `"ffn"` or `"attention"`."""
+        return self.settings.sites
 
     @property
     def variational_layers(self) -> list[int]:
@@ -106,144 +90,102 @@ class VariationalMixin(NonReentrantMixin):
         super().initialize_weights()
         # Not in `_init_weights`: the modules of the base model are initialized by the base model's own class.
         for module in self.modules():
-            if isinstance(module, AttentionPosterior):
+            if isinstance(module, (EVE, AttentionPosterior)):
                 module.init_weights()
+
+    def _set_gradient_checkpointing(self, enable=True, gradient_checkpointing_func=checkpoint, **kwargs):
+        if enable and getattr(gradient_checkpointing_func, "func", None) is not checkpoint_in_pass:
+            options = getattr(gradient_checkpointing_func, "keywords", {})
+            in_pass = partial(checkpoint_in_pass, checkpoint=gradient_checkpointing_func)
+            if "use_reentrant" in options:
+                in_pass = partial(in_pass, use_reentrant=options["use_reentrant"])
+            gradient_checkpointing_func = in_pass
+        super()._set_gradient_checkpointing(enable, gradient_checkpointing_func, **kwargs)
 
     def resolve_num_samples(self, num_posterior_samples: int | None) -> int:
         """The number of samples of this pass: as asked, or the default of the mode the model is in."""
-        if not self.posterior_sites:
+        settings = self.settings
+        if not settings.sites:
             if num_posterior_samples:
                 raise ValueError(
                     f"num_posterior_samples={num_posterior_samples}, but nothing in this {type(self).__name__} is "
-                    "variational: use add_variational_attention first."
+                    "variational: use variationalize, or enable the adapter, first."
                 )
             return 0
         if num_posterior_samples is None:
-            return self.settings.num_posterior_samples if self.training else 0
+            return settings.num_posterior_samples if self.training else 0
         return check_num_posterior_samples(num_posterior_samples)
 
     def _run(self, stock, inputs: dict, ours: dict):
         """A forward pass: `stock` is the stock class's forward, `inputs` its arguments by name."""
         num_samples = self.resolve_num_samples(ours["num_posterior_samples"])
         check_samples_for(num_samples, **{name: ours[name] for name in ("output_uncertainty", "output_sample_logits")})
-        if not self.posterior_sites:
+        settings = self.settings
+        if not settings.sites:
             return stock(**inputs)
-        targets = {name: inputs[name] for name in _TARGETS if inputs.get(name) is not None}
+        targets = {name: inputs[name] for name in TARGETS if inputs.get(name) is not None}
         record = bool(ours["output_posteriors"] or targets)
-        if (num_samples or record) and self.config._attn_implementation not in IMPLEMENTATIONS.values():
-            raise ValueError(
-                f"attn_implementation={self.config._attn_implementation!r} never has the attention weights in its "
-                "hands, so their posterior cannot be sampled or its KL computed: use "
-                f"model.set_attn_implementation({IMPLEMENTATIONS['sdpa']!r}), or run the mean pass "
-                "(num_posterior_samples=0, without labels)."
-            )
-        if self.config._attn_implementation not in IMPLEMENTATIONS.values():
+        if settings.attention is not None and self.config._attn_implementation not in IMPLEMENTATIONS.values():
+            if num_samples or record:
+                _refuse_kernel(self.config._attn_implementation)
             return stock(**inputs)
-        axis, scored = self._axis(inputs, num_samples, record, ours["output_posteriors"])
+        passed = pass_of(self, inputs, num_samples, record, bool(ours["output_posteriors"]))
+        _refuse_continuation(settings, passed)
+        _refuse_mean_encoder(settings, passed, inputs)
         num_items = inputs.pop("num_items_in_batch", None) if targets else None
         as_tuple = inputs.pop("return_dict", getattr(self.config, "return_dict", True)) is False
-        outputs = stock(**self._rows(inputs, axis), sample_axis=axis, return_dict=True)
-        missed = set(self.variational_layers) - axis.visited
-        if missed and (num_samples or record):
-            raise RuntimeError(
-                f"The attention of layers {sorted(missed)} never saw the posterior samples: the layers of "
-                f"{type(self).__name__} do not hand their keyword arguments down to it."
-            )
+        with active_axes(passed.axes):
+            outputs = stock(**self._rows(inputs, passed, settings), return_dict=True)
+        if num_samples or record:
+            self._check_visited(passed, settings, inputs)
+        outputs = output_class(type(outputs))(**outputs)
+        if num_samples:
+            self._join(outputs, passed, ours)
+        if targets and num_samples and settings.objective == "mc_nll":
+            outputs["loss"] = self._predictive_nll(outputs, passed)
+        elif outputs.get("loss") is not None and num_items is not None:
+            # Many stock heads take the mean over their micro-batch whatever the whole batch has.
+            count = (passed.targets != IGNORE_INDEX).sum()
+            outputs["loss"] = torch.where(count > 0, outputs["loss"] * (count / num_items), 0.0)
         if self.training and torch.is_grad_enabled() and not targets and outputs.get("loss") is not None:
             raise ValueError(
-                f"The loss of this {type(self).__name__} has no targets among {', '.join(_TARGETS)}, so its KL has "
+                f"The loss of this {type(self).__name__} has no targets among {', '.join(TARGETS)}, so its KL has "
                 "nothing to be divided by: train the stock model instead, or take a loss of the logits yourself."
             )
-        outputs = _output_class(type(outputs))(**outputs)
-        if num_samples:
-            self._join(outputs, axis, inputs, ours)
         if record:
-            self._add_posteriors(outputs, axis, scored, ours, num_items)
+            self._add_posteriors(outputs, passed, ours, settings)
         return outputs.to_tuple() if as_tuple else outputs
 
-    def _axis(self, inputs: dict, num_samples: int, record: bool, statistics: bool):
-        main = inputs.get("inputs_embeds")
-        main = inputs.get(self.main_input_name) if main is None else main
-        if main is None:
-            raise ValueError(f"{type(self).__name__} needs {self.main_input_name}.")
-        mask = inputs.get("attention_mask")
-        is_text = self.main_input_name == "input_ids"
-        scored = token_weights = None
-        if record and is_text:
-            token_weights = attended_positions(mask, main)
-        if any(inputs.get(name) is not None for name in _TARGETS):
-            scored = self._scored(mask, main if is_text else None, inputs)
-            token_weights = token_weights if scored.weights is None else scored.weights
-        positions = inputs.get("position_ids")
-        cache = self._prepared_cache(inputs, num_samples)
-        axis = SampleAxis(
-            num_samples,
-            main.shape[0],
-            positions if positions is not None and positions.ndim == 2 else None,
-            record=record,
-            statistics=bool(record and statistics),
-            token_weights=token_weights,
-            cache=cache if num_samples else None,
-            seen=tokens_held(cache),
-            tape=[] if record else None,
-        )
-        attentions = inputs.get("output_attentions")
-        axis.attentions = self.config.output_attentions if attentions is None else attentions
-        return axis, scored
+    def _check_visited(self, passed: Pass, settings: VariationalSettings, inputs: dict) -> None:
+        expected = set(settings.sites)
+        if inputs.get("encoder_outputs") is not None:
+            expected = {(layer, site) for layer, site in expected if layer >= passed.first_layers[-1]}
+        missed = sorted(expected - passed.main.visited)
+        if missed:
+            raise RuntimeError(
+                f"The posteriors of (layer, site) {missed} never saw the posterior samples: {type(self).__name__} "
+                "does not call these modules, as when a kernel of another library takes their place."
+            )
 
-    def _scored(self, mask: Tensor | None, text: Tensor | None, inputs: dict) -> ScoredTokens:
-        """The targets of a pass and the tokens that carry KL; weights of `None`: every position of the layer."""
-        num_items = inputs.get("num_items_in_batch")
-        if self._shifts_labels:
-            return ScoredTokens.of(inputs.get("labels"), mask, inputs.get("shift_labels"), num_items)
-        targets = next(inputs[name] for name in _TARGETS if inputs.get(name) is not None)
-        has_target = targets != IGNORE_INDEX
-        count = has_target.sum().clamp(min=1) if num_items is None else num_items
-        weights = None if text is None else attended_positions(mask, text)
-        is_per_token = text is not None and targets.ndim == 2 and targets.shape == text.shape[:2]
-        if is_per_token and not targets.is_floating_point():
-            weights = has_target * weights
-        return ScoredTokens(targets, weights, count)
-
-    @property
-    def _shifts_labels(self) -> bool:
-        """Whether the target of a position is the next one's label. Not every language model's name says so, which is
-        all that transformers' `loss_type` knows.
-        """
-        return self.can_generate()
-
-    def _prepared_cache(self, inputs: dict, num_samples: int):
-        cache = inputs.get("past_key_values")
-        use_cache = inputs.get("use_cache")
-        use_cache = getattr(self.config, "use_cache", False) if use_cache is None else use_cache
-        if cache is None and use_cache and num_samples and not self.training and self._can_cache:
-            cache = inputs["past_key_values"] = DynamicCache(config=self.config)
-        if cache is not None:
-            layers = self.config.get_text_config().num_hidden_layers
-            prepare_cache(cache, layers, self.variational_layers[0], num_samples, shared_at_split=False)
-        return cache
-
-    @property
-    def _can_cache(self) -> bool:
-        if "past_key_values" not in inspect.signature(self.forward).parameters:
-            return False
-        return all(getattr(module, "is_causal", True) for module in attention_modules(self).values())
-
-    def _rows(self, inputs: dict, axis: SampleAxis) -> dict:
+    def _rows(self, inputs: dict, passed: Pass, settings: VariationalSettings) -> dict:
         """The stock forward's arguments: targets for each row of the logits, and inputs too for a head that picks
         positions by them.
         """
+        axis = passed.main
+        inputs = dict(inputs)
+        if axis.num_samples and settings.objective == "mc_nll" and shifts_labels(self):
+            for name in TARGETS:  # the stock loss would be of each sample
+                inputs.pop(name, None)
         if axis.num_samples <= 1:
             return inputs
-        inputs = dict(inputs)
         for name, value in inputs.items():
-            repeat = name in _TARGETS or not self.can_generate()
+            repeat = name in TARGETS or not self.can_generate()
             if repeat and torch.is_tensor(value) and value.ndim and value.shape[0] == axis.batch:
                 # Of one row the copies would lie in one place, and stock losses view their targets flat.
                 inputs[name] = repeat_rows(value, axis.num_samples).contiguous()
         return inputs
 
-    def _join(self, outputs, axis: SampleAxis, inputs: dict, ours: dict) -> None:
+    def _join(self, outputs, passed: Pass, ours: dict) -> None:
         names = [name for name in _SCORED if outputs.get(name) is not None]
         for name in ("output_uncertainty", "output_sample_logits"):
             if ours[name] and "logits" not in names:
@@ -251,10 +193,10 @@ class VariationalMixin(NonReentrantMixin):
         for name in names:
             sampled = outputs[name]
             if name == "logits":
-                self._measure(outputs, sampled, axis, inputs, ours)
-            outputs[name] = self._joined(sampled, axis)
+                self._measure(outputs, sampled, passed, ours)
+            outputs[name] = self._joined(sampled, passed.main)
 
-    def _joined(self, sampled: Tensor, axis: SampleAxis) -> Tensor:
+    def _joined(self, sampled: Tensor, axis) -> Tensor:
         kind = self._problem()
         if kind == "single_label_classification":
             return log_mean_probability(sampled, axis.num_samples)
@@ -266,16 +208,17 @@ class VariationalMixin(NonReentrantMixin):
             return "single_label_classification"
         return problem_type_of(self.config)
 
-    def _measure(self, outputs, sampled: Tensor, axis: SampleAxis, inputs: dict, ours: dict) -> None:
+    def _measure(self, outputs, sampled: Tensor, passed: Pass, ours: dict) -> None:
+        axis = passed.main
         if ours["output_uncertainty"]:
             if self._problem() != "single_label_classification":
                 raise ValueError(
                     "output_uncertainty measures a distribution over classes, and problem_type is "
                     f"{self._problem()!r}: use output_sample_logits=True and the spread of the samples."
                 )
-            observed = None
-            if self._shifts_labels and inputs.get("input_ids") is not None:
-                observed = shift_targets(inputs["input_ids"])[:, -sampled.shape[1] :]
+            observed = passed.observed
+            if observed is not None:
+                observed = observed[:, -sampled.shape[1] :]
             flat = sampled.unsqueeze(1) if sampled.ndim == 2 else sampled
             measures = predictive_measures(flat, axis.num_samples, observed)
             outputs["uncertainty"] = measures if sampled.ndim == 3 else measures.map(lambda value: value.squeeze(1))
@@ -284,116 +227,69 @@ class VariationalMixin(NonReentrantMixin):
             categorical = self._problem() == "single_label_classification"
             outputs["sample_logits"] = torch.log_softmax(logits, -1) if categorical else logits
 
-    def _add_posteriors(self, outputs, axis: SampleAxis, scored: ScoredTokens | None, ours: dict, num_items):
-        # What a checkpointed layer's recomputation records again belongs to nobody.
-        records, axis.tape = tuple(axis.tape), None
-        check_complete(records, self.posterior_sites)
-        if scored is not None and outputs.get("loss") is not None:
-            if scored.weights is None:
-                rows = records[0].statistics.kl
-                scored.weights = rows.new_ones(axis.batch, rows.shape[1])
-            penalties = posterior_penalties(records, scored, ours["free_bits"])
-            weight = self.settings.kl_weight if ours["kl_weight"] is None else ours["kl_weight"]
+    def _predictive_nll(self, outputs, passed: Pass) -> Tensor:
+        """The NLL of the predictive distribution per target, nats, 0-dim."""
+        logits, targets = outputs.get("logits"), passed.targets
+        if logits is None or self._problem() != "single_label_classification" or targets.is_floating_point():
+            raise ValueError(
+                "objective='mc_nll' is the NLL of one distribution over classes per target, which "
+                f"{type(self).__name__} does not answer with: use objective='elbo'."
+            )
+        targets = targets.reshape(-1).to(logits.device)
+        total = F.nll_loss(logits.reshape(len(targets), -1), targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        return total / passed.num_items
+
+    def _add_posteriors(self, outputs, passed: Pass, ours: dict, settings: VariationalSettings) -> None:
+        records = tuple(passed.main.tape)
+        for axis in passed.axes:
+            # What a checkpointed layer's recomputation records again belongs to nobody.
+            axis.tape = None
+        check_complete(records, settings.sites)
+        if passed.targets is not None and outputs.get("loss") is not None:
+            parts = [posterior_penalties(here, scored, ours["free_bits"]) for here, scored in passed.scored(records)]
+            weight = settings.kl_weight if ours["kl_weight"] is None else ours["kl_weight"]
             outputs["nll"] = outputs["loss"]
-            if num_items is not None:
-                # Many stock heads take the mean over their micro-batch whatever the whole batch has.
-                count = (scored.targets != IGNORE_INDEX).sum()
-                outputs["nll"] = torch.where(count > 0, outputs["nll"] * (count / num_items), 0.0)
-            outputs["loss"] = outputs["nll"] + weight * penalties.charged_kl
-            outputs["kl"], outputs["kl_per_layer"] = penalties.kl, penalties.kl_per_layer
+            outputs["loss"] = outputs["nll"] + weight * sum(part.charged_kl for part in parts)
+            outputs["kl"] = sum(part.kl for part in parts)
+            outputs["kl_per_layer"] = torch.cat([part.kl_per_layer for part in parts])
+            errors = [part.reconstruction for part in parts if part.reconstruction is not None]
+            if errors:
+                outputs["reconstruction"] = sum(errors)
+                outputs["loss"] = outputs["loss"] + settings.eve.reconstruction_weight * sum(errors)
         if ours["output_posteriors"]:
-            outputs["attention_posteriors"] = {
-                record.layer: record.statistics.over_samples(axis.batch) for record in records
-            }
+            for name, site in (("posteriors", "ffn"), ("attention_posteriors", "attention")):
+                outputs[name] = {
+                    record.layer: record.statistics.over_samples(passed.main.batch)
+                    for record in records
+                    if record.site == site
+                }
 
 
-def _enter_rows(module: nn.Module, args: tuple, kwargs: dict):
-    """Forward pre-hook of the layers from the first variational one on: their arguments get a row for each sample."""
-    return _change_rows(
-        args, kwargs, lambda value, axis: axis.expand(value) if value.shape[0] == axis.batch else value
+def _refuse_kernel(implementation: str) -> None:
+    raise ValueError(
+        f"attn_implementation={implementation!r} never has the attention weights in its hands, so their posterior "
+        f"cannot be sampled or its KL computed: use model.set_attn_implementation({IMPLEMENTATIONS['sdpa']!r}), or "
+        "run the mean pass (num_posterior_samples=0, without labels)."
     )
 
 
-def _leave_rows(module: nn.Module, args: tuple, kwargs: dict):
-    """Forward pre-hook of the layers below: what has a row for each sample, all alike there, keeps one a sequence."""
-    return _change_rows(
-        args, kwargs, lambda value, axis: value[:: axis.num_samples] if value.shape[0] == axis.rows else value
-    )
+def _refuse_continuation(settings: VariationalSettings, passed: Pass) -> None:
+    axis = passed.main
+    if axis.record and settings.eve is not None and settings.eve.prior == "autoregressive" and int(axis.seen) > 0:
+        raise ValueError(
+            f"The autoregressive prior of a position needs the posterior mean before it, and past_key_values starts "
+            f"at position {int(axis.seen)}: ask for labels or output_posteriors of the whole sequence, without a "
+            "filled cache."
+        )
 
 
-def _change_rows(args: tuple, kwargs: dict, change):
-    axis = kwargs.get("sample_axis")
-    if axis is None or axis.num_samples <= 1:
-        return None
-
-    def changed(value):
-        if isinstance(value, tuple):
-            return tuple(changed(item) for item in value)
-        return change(value, axis) if torch.is_tensor(value) and value.ndim > 1 else value
-
-    return changed(args), {name: changed(value) for name, value in kwargs.items()}
-
-
-def install(model: PreTrainedModel, settings: VariationalSettings) -> None:
-    attention = VariationalAttentionConfig.from_dict(settings.attention)
-    install_posteriors(model, attention, settings.attention_layers)
-    for index, layer in enumerate(decoder_layers(model)):
-        hook = _leave_rows if index < settings.attention_layers[0] else _enter_rows
-        layer.register_forward_pre_hook(hook, with_kwargs=True)
-    ignored = getattr(model.config, "keys_to_ignore_at_inference", None) or ["past_key_values"]
-    model.config.keys_to_ignore_at_inference = list(dict.fromkeys([*ignored, *_ADDED]))
-    # Any other implementation stays, and runs the mean pass alone.
-    stock = model.config._attn_implementation
-    if stock in IMPLEMENTATIONS:
-        model.set_attn_implementation(IMPLEMENTATIONS[stock])
-
-
-@cache
-def _output_class(stock: type[ModelOutput]) -> type[ModelOutput]:
-    """A stock output class with fields for what we add: torch rebuilds an output from its class's fields."""
-    fields = [(name, object, field(default=None)) for name in _ADDED]
-    return make_dataclass(f"Variational{stock.__name__}", fields, bases=(stock,), namespace={"__module__": __name__})
-
-
-def _new(stock: type[PreTrainedModel]) -> PreTrainedModel:
-    made = variational_class(stock)
-    return made.__new__(made)
-
-
-@cache
-def variational_class(model_class: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The variational subclass of a stock class: `variational_class(BertForMaskedLM).from_pretrained(folder)` loads
-    what `add_variational_attention` and `save_pretrained` made, or any stock checkpoint.
-    """
-    if issubclass(model_class, VariationalMixin):
-        return model_class
-    stock = inspect.signature(model_class.forward)
-    names = [name for name, parameter in stock.parameters.items() if parameter.kind is parameter.POSITIONAL_OR_KEYWORD]
-
-    def forward(self, *args, **kwargs):
-        inputs = dict(zip(names[1:], args, strict=False)) | kwargs
-        ours = {name: inputs.pop(name, default) for name, default in _OURS.items()}
-        return self._run(super(variational, self).forward, inputs, ours)
-
-    # generate, pipelines and Trainer ask the signature what a model takes.
-    ours = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=value) for name, value in _OURS.items()]
-    parameters = list(stock.parameters.values())
-    tail = [parameter for parameter in parameters if parameter.kind is parameter.VAR_KEYWORD]
-    forward.__signature__ = stock.replace(parameters=[*(p for p in parameters if p not in tail), *ours, *tail])
-    forward.__doc__ = model_class.forward.__doc__
-    generation = (VariationalGenerationMixin,) if issubclass(model_class, GenerationMixin) else ()
-    kept = getattr(model_class, "_keep_in_fp32_modules_strict", None) or []
-    variational = type(
-        # The stock name: config.json has it, which stock tools read, and pipelines know a class by it.
-        model_class.__name__,
-        (VariationalMixin, *generation, model_class),
-        {
-            "__qualname__": f"Variational{model_class.__name__}",
-            "forward": forward,
-            "stock_class": model_class,
-            "_keep_in_fp32_modules_strict": [*kept, "posterior"],
-            "__module__": __name__,
-            "__doc__": f"{model_class.__name__} with variational attention.",
-        },
-    )
-    return variational
+def _refuse_mean_encoder(settings: VariationalSettings, passed: Pass, inputs: dict) -> None:
+    encoded, axis = inputs.get("encoder_outputs"), passed.main
+    if encoded is None or axis.num_samples <= 1 or min(settings.sites)[0] >= passed.first_layers[-1]:
+        return
+    if encoded[0].shape[0] != axis.rows:
+        raise ValueError(
+            f"encoder_outputs has {encoded[0].shape[0]} rows, and the encoder's layers are variational: with "
+            f"num_posterior_samples={axis.num_samples} its states have batch times samples, {axis.rows} rows. Give "
+            "input_ids, and the encoder samples too."
+        )

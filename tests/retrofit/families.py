@@ -9,7 +9,7 @@ import transformers as hf
 from torch import Tensor
 
 from hf_variational import NoiseRequest, VariationalAttentionConfig
-from hf_variational.retrofit import add_variational_attention
+from hf_variational.retrofit import variationalize
 
 VOCAB, LABELS, LENGTH, LAYERS, HEADS, POSITIONS = 64, 3, 8, 3, 4, 64
 KINDS = ["gaussian", "approximate_dirichlet", "dirichlet"]
@@ -141,13 +141,13 @@ def retrofitted(
     model: str | hf.PreTrainedModel,
     kind: str = "dirichlet",
     data_dependent: bool | str = False,
-    layers=None,
+    layers="all",
     **options,
 ) -> hf.PreTrainedModel:
     """A copy of a stock model made variational, whose posteriors have moved away from their start."""
     model = stock(model) if isinstance(model, str) else copy.deepcopy(model)
-    options = {"kl_weight": 0.1, **options}
-    model = add_variational_attention(model, attention(kind, data_dependent), layers=layers, **options)
+    options = {"kl_weight": 0.1, "train": "all", **options}
+    model = variationalize(model, attention=attention(kind, data_dependent), layers=layers, **options)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in posterior_parameters(model).values():

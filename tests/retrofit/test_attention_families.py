@@ -29,7 +29,7 @@ from families import (
 from torch.nn import functional as F
 
 from hf_variational import posterior_noise
-from hf_variational.retrofit import add_variational_attention, variational_class
+from hf_variational.retrofit import variational_class, variationalize
 
 SAMPLES = 3
 EVERY_WAY = [(name, how) for name, family in FAMILIES.items() for how in family.implementations]
@@ -180,7 +180,7 @@ def joined(name: str, singles: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize("layers", [None, [1]], ids=["all", "middle"])
+@pytest.mark.parametrize("layers", ["all", [1]], ids=["all", "middle"])
 def test_samples_are_a_loop_over_single_samples(name, layers):
     """Answers, loss, KL and gradients of S rows a sequence, against S passes of one sample each."""
     model, given = retrofitted(name, data_dependent="query", layers=layers), inputs(name, padding=2)
@@ -208,10 +208,10 @@ def test_samples_are_a_loop_over_single_samples(name, layers):
 
 @torch.no_grad()
 @pytest.mark.parametrize("name", FAMILIES)
-@pytest.mark.parametrize(("layers", "split"), [(None, 0), ([1], 1), ([2], 2), ([2, 1], 1)])
+@pytest.mark.parametrize(("layers", "split"), [("all", 0), ([1], 1), ([2], 2), ([2, 1], 1)])
 def test_rows_split_at_the_first_variational_layer(name, layers, split):
     model, given = retrofitted(name, layers=layers), inputs(name)
-    assert model.settings.attention_layers == (sorted(layers) if layers else [0, 1, 2])
+    assert model.settings.attention_layers == ([0, 1, 2] if layers == "all" else sorted(layers))
     out = model(**given, num_posterior_samples=SAMPLES, output_hidden_states=True, output_attentions=True)
     rows = [2 if layer < split else 2 * SAMPLES for layer in range(LAYERS)]
     assert [weights.shape[0] for weights in out.attentions] == rows
@@ -334,8 +334,8 @@ class TestSaving:
         assert model.state_dict().keys() == plain.state_dict().keys()
         wanted = targets("bert-masked", given)
         assert_equal_outputs(model(**given, **wanted), plain(**given, **wanted), exactly=False)
-        with pytest.raises(ValueError, match="add_variational_attention"):
+        with pytest.raises(ValueError, match="variationalize"):
             model(**given, num_posterior_samples=2)
-        with_posteriors = add_variational_attention(model, attention("gaussian"))
+        with_posteriors = variationalize(model, attention=attention("gaussian"))
         assert with_posteriors is model and len(model.posterior_sites) == LAYERS
         assert model(**given, num_posterior_samples=2).logits.shape == (2, LENGTH, 64)

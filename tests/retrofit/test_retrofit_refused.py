@@ -18,7 +18,7 @@ from families import (
 )
 
 from hf_variational.modeling.attention import AttentionPosterior
-from hf_variational.retrofit import add_variational_attention
+from hf_variational.retrofit import variationalize
 
 TEXT = {name: value for name, value in FAMILIES["llama"].options.items() if name != "num_key_value_heads"}
 
@@ -49,45 +49,47 @@ class TestRefused:
     )
     def test_families_without_the_interface(self, build):
         with pytest.raises(ValueError, match="does not call its attention through transformers' attention interface"):
-            add_variational_attention(build(), attention())
+            variationalize(build(), attention=attention())
 
     def test_shared_layers_two_towers_and_sinks(self):
         albert = small(hf.AlbertForMaskedLM, hf.AlbertConfig, **{**FAMILIES["bert"].options, "embedding_size": 16})
         with pytest.raises(ValueError, match="AlbertForMaskedLM has 3 layers, and records 1"):
-            add_variational_attention(albert, attention())
+            variationalize(albert, attention=attention())
         vision = {**FAMILIES["vit"].options, "projection_dim": 8}
         clip = small(hf.CLIPModel, hf.CLIPConfig, text_config=dict(TEXT), vision_config=vision)
         with pytest.raises(ValueError, match="CLIPModel has 3 layers, and records 6"):
-            add_variational_attention(clip, attention())
+            variationalize(clip, attention=attention())
         sinks = llama_like(hf.GptOssForCausalLM, hf.GptOssConfig, num_local_experts=4, head_dim=8)
         with pytest.raises(ValueError, match="GptOssForCausalLM has sinks"):
-            add_variational_attention(sinks, attention())
+            variationalize(sinks, attention=attention())
 
     @pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing.*:FutureWarning")
     def test_what_is_no_model_of_transformers(self):
         from peft import LoraConfig, get_peft_model
 
         wrapped = get_peft_model(stock("bert-masked"), LoraConfig(target_modules=["query"]))
-        for model in (wrapped, torch.nn.Linear(2, 2), "bert-base-uncased"):
+        with pytest.raises(ValueError, match=r"PeftModel: merge its adapter first.*merge_and_unload"):
+            variationalize(wrapped, attention=attention())
+        for model in (torch.nn.Linear(2, 2), "bert-base-uncased"):
             with pytest.raises(ValueError, match="must be a transformers PreTrainedModel.*unwrap it first"):
-                add_variational_attention(model, attention())
+                variationalize(model, attention=attention())
 
     def test_second_time(self):
         model = retrofitted("bert-masked")
         with pytest.raises(ValueError, match="variational already"):
-            add_variational_attention(model, attention())
+            variationalize(model, attention=attention())
 
     def test_meta_device(self):
         with torch.device("meta"):
             model = hf.BertForMaskedLM(hf.BertConfig(**FAMILIES["bert"].options))
         with pytest.raises(ValueError, match="meta device"):
-            add_variational_attention(model, attention())
+            variationalize(model, attention=attention())
 
     @pytest.mark.parametrize("layers", [[3], [-1], [0, 5], [True], ["1"], [[1]], [1.0], [], 1, "01", {}, range(0)])
     def test_layers(self, layers):
         plain = stock("bert-masked")
         with pytest.raises(ValueError, match="layers"):
-            add_variational_attention(plain, attention(), layers=layers)
+            variationalize(plain, attention=attention(), layers=layers)
         assert type(plain) is hf.BertForMaskedLM
 
     @pytest.mark.parametrize(
@@ -99,14 +101,13 @@ class TestRefused:
             ({"kl_weight": True}, "kl_weight"),
             ({"num_posterior_samples": -2}, "num_posterior_samples.*-2"),
             ({"num_posterior_samples": 1.5}, "num_posterior_samples.*1.5"),
-            ({"attention": "dirichlet"}, "VariationalAttentionConfig, got 'dirichlet'"),
-            ({"attention": None}, "VariationalAttentionConfig, got None"),
+            ({"attention": "dirichlet"}, "VariationalAttentionConfig or None, got 'dirichlet'"),
         ],
     )
     def test_settings(self, options, named):
         plain = stock("bert-masked")
         with pytest.raises(ValueError, match=named):
-            add_variational_attention(plain, **{"attention": attention(), **options})
+            variationalize(plain, **{"attention": attention(), **options})
         assert type(plain) is hf.BertForMaskedLM and not posterior_parameters(plain)
 
     def test_unknown_kind(self):
@@ -116,11 +117,11 @@ class TestRefused:
     def test_a_model_that_cannot_be_made_variational_stays_as_it_was(self):
         plain = stock("vit-single", image_size=[16, 16])
         with pytest.raises(ValueError, match=r"max_position_embeddings.*data_dependent='query'"):
-            add_variational_attention(plain, attention(data_dependent=True))
-        assert type(plain) is hf.ViTForImageClassification and plain.config.variational is None
+            variationalize(plain, attention=attention(data_dependent=True))
+        assert type(plain) is hf.ViTForImageClassification and not hasattr(plain.config, "variational")
         given = inputs("vit-single")
         expected = plain(**given).logits
-        model = add_variational_attention(plain, attention(data_dependent="query"))
+        model = variationalize(plain, attention=attention(data_dependent="query"))
         assert torch.equal(model(**given).logits, expected)
         assert model(**given, num_posterior_samples=2).logits.shape == expected.shape
 

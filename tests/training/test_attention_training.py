@@ -11,7 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_models import VOCABULARY, assert_same_bits, make_arguments, make_blocks, make_model, weights
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from hf_variational import EVEConfig, VariationalAttentionConfig, VariationalTrainer, add_variational_attention
+from hf_variational import EVEConfig, VariationalAttentionConfig, VariationalTrainer, variationalize
 from hf_variational.modeling.posterior import AttentionStatistics, PosteriorStatistics
 from hf_variational.training import program
 from hf_variational.training.recipe import recipe_from_dict
@@ -260,7 +260,7 @@ def test_a_stock_model_made_variational_trains_too(tmp_path):
     sizes = {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32}
     dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     model = GPT2LMHeadModel(GPT2Config(**sizes, **dropout))
-    add_variational_attention(model, VariationalAttentionConfig("dirichlet"), layers=[1], kl_weight=0.25)
+    variationalize(model, attention=VariationalAttentionConfig("dirichlet"), layers=[1], kl_weight=0.25)
     trainer = train(tmp_path, model, max_steps=2)
     for entry in logs(trainer):
         assert entry["loss"] == pytest.approx(entry["nll"] + 0.25 * entry["kl"], rel=1e-4)
