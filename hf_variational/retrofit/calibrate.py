@@ -125,7 +125,9 @@ def _listen(projection: nn.Module, eve, moments: "_Moments", mask: list):
     """Hands what enters a projection, or each expert's, to `moments`; returns the handle to remove."""
     if isinstance(eve, ExpertsEVE):
         # Only our own loop over the experts has their activations in its hands.
-        eve.listener = moments.add
+        eve.listener = lambda expert, h, token: moments.add(
+            expert, h if mask[eve.tower] is None else h[mask[eve.tower].flatten()[token]]
+        )
         return _Listening(eve)
 
     def before(module, args):

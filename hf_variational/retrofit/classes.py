@@ -5,6 +5,7 @@ import sys
 from functools import cache
 
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoModel,
     AutoModelForCausalLM,
@@ -126,7 +127,7 @@ def _read_files_as(name: str, stock: str) -> None:
 
 def _register(model_type: str) -> None:
     """Makes the classes of a family and registers them with the Auto classes."""
-    stock = AutoConfig.for_model(model_type).__class__
+    stock = CONFIG_MAPPING[model_type]
     config = variational_config_class(stock)
     setattr(sys.modules[__name__], config.__name__, config)
     AutoConfig.register(config.model_type, config)

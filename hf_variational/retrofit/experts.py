@@ -44,7 +44,7 @@ class ExpertsEVE(nn.ModuleList):
         self.config = config
         self.layer_idx, self.tower = layer_idx, tower
         self.units = experts.intermediate_dim
-        # What calibration hears the activations with, by the expert's number.
+        # What calibration hears with: the expert's number, the activations, the numbers of their tokens.
         self.listener = None
 
     @property
@@ -81,7 +81,7 @@ def variational_experts_forward(
         gate_up = F.linear(hidden_states[token], experts.gate_up_proj[expert])
         h = experts._apply_gate(gate_up)
         if eves.listener is not None:
-            eves.listener(expert, h)
+            eves.listener(expert, h, token)
         if noise is not None:
             scale = eve.raw_log_scale(h).clamp(eve.config.log_scale_min, eve.config.log_scale_max)
             z = (eve.mean(h) + scale.exp() * noise[token, place]).to(h.dtype)

@@ -26,7 +26,10 @@ def batches_of(
     if not rows:
         raise ValueError("The data set is empty: a few hundred sequences like those the model is for are needed.")
     pad = getattr(tokenizer, "pad_token_id", None) or 0
-    loader = DataLoader(rows, batch_size=batch_size, collate_fn=lambda some: _collate(some, pad))
+    # Of its own generator, for a loader draws a seed from the global one.
+    loader = DataLoader(
+        rows, batch_size=batch_size, collate_fn=lambda some: _collate(some, pad), generator=torch.Generator()
+    )
     return tqdm(loader, desc=what, unit="batch", disable=not progress)
 
 
