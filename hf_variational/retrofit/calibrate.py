@@ -39,7 +39,8 @@ def calibrate_prior(
 
     Args:
         model: what `variationalize` made, or a PEFT model with an EVE adapter.
-        dataset: sequences: texts (with `tokenizer`), rows of `input_ids` (and `attention_mask`), or batches of them.
+        dataset: sequences: texts (with `tokenizer`), token ids, rows of `input_ids` (and `attention_mask`), or batches
+            of them.
         scale: share of a unit's standard deviation.
         prior_scale: likewise of the prior; `None`: 1 for the empirical prior (which covers the unit's own spread),
             `scale` for the centered one.

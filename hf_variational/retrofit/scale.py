@@ -24,6 +24,8 @@ _GRID = (0.5, 1.0, 2.0)
 _FURTHEST = 64.0
 # Multipliers that are nearer to each other than this share are not told apart.
 _RESOLUTION = 0.03
+# Changes of the NLL below this share are not followed further.
+_FLAT = 1e-5
 Site = tuple[int, str]
 
 
@@ -286,6 +288,8 @@ class _Search:
             if not step or abs(best + step) > math.log(_FURTHEST):
                 break
             known[best + step] = self._at(math.exp(best + step))
+            if abs(known[best + step] - known[best]) < _FLAT * known[best]:
+                break  # as where ever less noise is ever so little better
         for _ in range(refinements):
             points = sorted(known)
             place = points.index(min(points, key=known.get))

@@ -1,6 +1,6 @@
 """Sequences for calibration: texts, rows of token ids or batches of them, as batches."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +16,8 @@ def batches_of(
     """Batches of the first `max_sequences` sequences of a data set, behind a progress bar.
 
     Args:
-        dataset: texts, rows with a `text`, rows of `input_ids` or `pixel_values` (and `attention_mask`, `labels`), or
-            batches of such rows.
+        dataset: texts, rows with a `text`, sequences of token ids, rows of `input_ids` or `pixel_values` (and
+            `attention_mask`, `labels`), or batches of such rows.
 
     Raises:
         ValueError: if there is none, or for a text without a tokenizer, or a row of something else.
@@ -53,6 +53,8 @@ def _unbatched(row, tokenizer, max_length: int) -> Iterator[dict]:
         if encoded["input_ids"]:
             yield dict(encoded)
         return
+    if not isinstance(row, Mapping):
+        row = {"input_ids": row}
     kept = {name: torch.as_tensor(value) for name, value in row.items() if not isinstance(value, str)}
     main = kept.get("input_ids", kept.get("pixel_values"))
     if main is None:
