@@ -3,6 +3,7 @@
 Importing the package registers its models with transformers' Auto classes.
 """
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 
@@ -57,7 +58,14 @@ AutoModelForSequenceClassification.register(
 AutoModelForTokenClassification.register(modeling.VariationalGPTConfig, modeling.VariationalGPTForTokenClassification)
 
 if find_spec("peft") is not None:
-    from .retrofit import peft as _peft  # noqa: F401  registers the method "EVE"
+    try:
+        from .retrofit import peft as _peft  # noqa: F401  registers the method "EVE"
+    except ImportError as error:
+        warnings.warn(
+            f"The installed peft is not one that hf_variational's adapters work with ({error}): install peft 0.21 or "
+            "update hf-variational. Everything else works.",
+            stacklevel=2,
+        )
 
 
 def __getattr__(name: str):

@@ -153,6 +153,10 @@ def find_projections(model: PreTrainedModel, target_modules: list[str] | str | N
             candidates[layer.index] = {n: m for n, m in inside.items() if _leads_out(m, model.config)}
         else:
             candidates[layer.index] = {n: m for n, m in inside.items() if _is_named(n, target_modules)}
+        names = candidates[layer.index]
+        # Inside another candidate is what an adapter's layer is around.
+        inner = [name for name in names if any(name.startswith(f"{other}.") for other in names)]
+        candidates[layer.index] = {name: module for name, module in names.items() if name not in inner}
     for found in candidates.values():
         if len(found) > 1:
             raise ValueError(

@@ -66,7 +66,9 @@ def install_rows(model: PreTrainedModel, settings: VariationalSettings) -> None:
     decoder = None
     if layers[split].tower == 0 and layers[-1].tower == 1:
         decoder = model.base_model.get_submodule(family_of(model).layers[1].rpartition(".")[0])
-    model._row_hooks = RowHooks(layers, split, shares, heads, decoder)
+    generates = model.can_generate()
+    head = model.get_output_embeddings() if generates else None
+    model._row_hooks = RowHooks(layers, split, shares, heads, not generates, decoder, head)
 
 
 def remove_rows(model: PreTrainedModel) -> None:

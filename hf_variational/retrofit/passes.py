@@ -55,7 +55,14 @@ class RowHooks:
     """
 
     def __init__(
-        self, layers: list[Layer], split: int, shares_attention: bool, heads: int, decoder: nn.Module | None = None
+        self,
+        layers: list[Layer],
+        split: int,
+        shares_attention: bool,
+        heads: int,
+        repeats_inputs: bool = True,
+        decoder: nn.Module | None = None,
+        head: nn.Module | None = None,
     ):
         """
         Args:
@@ -63,14 +70,20 @@ class RowHooks:
             split: number of the first variational one.
             shares_attention: whether that layer's attention is computed for one row a sequence.
             heads: attention heads of a layer.
+            repeats_inputs: whether the layers below may be given a row for each sample.
             decoder: the stack of a decoder behind an encoder that samples: rows enter before it makes its masks.
+            head: the output embeddings.
         """
         self.shares_attention = shares_attention
         self.handles = []
         for layer in layers:
+            if layer.index < split and not repeats_inputs:
+                continue
             change = _leave_rows if layer.index < split else _enter_rows
             hook = partial(_before, layer.tower, heads, change)
             self.handles.append(layer.module.register_forward_pre_hook(hook, with_kwargs=True))
+        if head is not None:
+            self.handles.append(head.register_forward_pre_hook(_in_one_piece))
         if decoder is not None:
             hook = partial(_before, 1, heads, _enter_rows)
             self.handles.append(decoder.register_forward_pre_hook(hook, with_kwargs=True))
@@ -83,6 +96,14 @@ class RowHooks:
     def remove(self) -> None:
         for handle in self.handles:
             handle.remove()
+
+
+def _in_one_piece(module: nn.Module, args: tuple) -> tuple | None:
+    # Of states with gaps between rows, as the last of each sequence are, torch makes a product for each row.
+    axis = active_axis()
+    if axis is None or axis.num_samples <= 1 or not torch.is_tensor(args[0]):
+        return None
+    return (args[0].contiguous(), *args[1:])
 
 
 def _before(tower: int, heads: int, change, module: nn.Module, args: tuple, kwargs: dict):

@@ -108,3 +108,21 @@ def test_the_loop_runs_in_two_processes(tmp_path, some_text):
     assert done.returncode == 0, done.stderr
     assert "processes: 2" in done.stdout
     assert done.stdout.count("step    0") == 1  # the main process alone prints
+
+
+def test_retrofit_of_a_llama_from_scratch_and_of_a_folder(examples, tmp_path, some_text, capsys):
+    import retrofit_llama
+    from transformers import AutoModelForCausalLM
+
+    shorter = ["--text", some_text, "--windows", "4", "--length", "16", "--samples", "2", "--new-tokens", "3"]
+    first = retrofit_llama.main([*shorter, "--base-steps", "2", "--output", str(tmp_path / "first")])
+    printed = capsys.readouterr().out
+    assert "base, tempered" in printed and "retrofit, tempered" in printed
+    # "base" and its temperature are of the stock model; only samples have mutual information
+    assert first["table"]["base"]["mutual_information"] == 0 < first["table"]["retrofit"]["mutual_information"]
+    model = AutoModelForCausalLM.from_pretrained(first["folder"])
+    assert type(model).__name__ == "VariationalLlamaForCausalLM" and model.generation_config.num_posterior_samples == 2
+    base = ["--model", str(tmp_path / "first" / "base"), "--layers", "last_quarter"]
+    second = retrofit_llama.main([*shorter, *base, "--output", str(tmp_path / "second")])
+    assert list(second["multipliers"]) == [(3, "ffn")]
+    assert second["table"]["base"]["nll"] == pytest.approx(first["table"]["base"]["nll"], abs=1e-4)
