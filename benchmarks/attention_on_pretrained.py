@@ -14,7 +14,7 @@ from report import machine, show
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hf_variational import VariationalAttentionConfig, variationalize, evaluate_language_model
+from hf_variational import VariationalAttentionConfig, evaluate_language_model, variationalize
 from hf_variational.demo.texts import read_text
 
 ROWS = {

@@ -140,6 +140,7 @@ def markdown(result: dict) -> str:
     conditions = "\n".join(f"- {name.replace('_', ' ')}: {value}" for name, value in result["conditions"].items())
     took = {name: over_seeds([seed["seconds"][name] for seed in seeds], 0) for name in seeds[0]["seconds"]}
     took["training"] = over_seeds([seed["training"]["seconds"] for seed in seeds], 0)
+    took["processor time of the training"] = over_seeds([seed["training"]["cpu_seconds"] for seed in seeds], 0)
     steps = sorted({seed["training"]["steps"] for seed in seeds})
     stopped = any(seed["training"]["stopped_by_the_clock"] for seed in seeds)
     conditions += "\n- seconds: " + ", ".join(f"{name} {value}" for name, value in took.items())

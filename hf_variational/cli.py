@@ -15,8 +15,8 @@ import typer
 from .presentation.measures import MEASURES
 
 app = typer.Typer(
-    help="Language models with variational neurons or variational attention: train them, evaluate them, see how "
-    "uncertain each token is.",
+    help="Language models with variational neurons or variational attention: train them or make them of pretrained "
+    "ones, evaluate them, see how uncertain each token is.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -26,6 +26,8 @@ app = typer.Typer(
 INTERRUPTED = 130  # what a shell says of a program that Ctrl-C ended
 
 Colouring = Enum("Colouring", {m.name: m.name for m in MEASURES})
+Training = Enum("Training", {name: name for name in ("none", "posterior", "ffn", "all")})
+Attention = Enum("Attention", {name: name for name in ("gaussian", "approximate_dirichlet", "dirichlet")})
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its name on the Hub.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint brings along.")]
@@ -70,29 +72,26 @@ def _device(name: str | None) -> str:
     return name
 
 
-def _load(name: str, trust_remote_code: bool, device: str | None):
+def _load(name: str, trust_remote_code: bool, device: str | None, **options):
     """The model in eval mode, its tokenizer, and whether it has variational layers."""
     device = _device(device)
     folder = Path(name).expanduser()
     looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
     if looks_local and not folder.is_dir():
         fail(f"{name} is no folder: give a checkpoint's folder (with config.json in it) or a name on the Hub")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
         inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
         hint = f"; did you mean {' or '.join(str(folder / n) for n in inside)}?" if inside else ""
         fail(f"{name} has no config.json, so it is no checkpoint{hint}")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    import hf_variational  # noqa: F401 - registers its classes with the Auto classes
+    from .loading import load_model
 
-    source = str(folder) if folder.is_dir() else name
-    options = {"trust_remote_code": trust_remote_code}
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        source = str(folder) if folder.is_dir() else name
+        model, tokenizer = load_model(source, trust_remote_code=trust_remote_code, **options)
     except Exception as error:
         if os.environ.get("HF_VARIATIONAL_TRACEBACK"):
             raise
@@ -152,6 +151,106 @@ def train(
             run(load_recipe(recipe, overrides or ()), resume=str(resume_from) if resume_from else resume)
         except KeyboardInterrupt as interrupt:
             fail(f"{interrupt} Go on with --resume." if str(interrupt) else "interrupted", INTERRUPTED)
+
+
+@app.command()
+def retrofit(
+    model: Model,
+    data: Annotated[
+        str,
+        typer.Option(help="Text of the model's own kind: a .txt or .jsonl file, also .xz, or '{dataset: NAME, ...}'."),
+    ],
+    output: Annotated[Path, typer.Option(help="The folder to write to.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[SECTION.KEY=VALUE]...", help="Values to set in the recipe.")
+    ] = None,
+    train: Annotated[
+        Training | None,
+        typer.Option(help="What is trained, if anything; none fits the scales alone.  [default: none]"),
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option(help="all, last, last_quarter, numbers like 0,1, or a regular expression.")
+    ] = None,
+    attention: Annotated[
+        Attention | None, typer.Option(help="Make the attention variational too, of this kind.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="A YAML recipe with a section `retrofit`, instead of the package's.")
+    ] = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out text to measure on; without it a part of --data is held out.")
+    ] = None,
+    other: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Text of another kind, to be told apart; may be given several times."),
+    ] = None,
+    samples: Annotated[int | None, typer.Option(help="Posterior samples.  [default: 8]")] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Raise the noise as far as the NLL stays within this share of the base's (0.01: 1 %)."),
+    ] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="Sequences to calibrate on, at most.  [default: 256]")
+    ] = None,
+    test_sequences: Annotated[int, typer.Option(help="Sequences to measure on, at most.")] = 256,
+    length: Annotated[int | None, typer.Option(help="Tokens of a sequence.  [default: 128]")] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a batch (of the training the recipe's).")] = 8,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Save the posterior as an adapter of PEFT, without the base model.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is in the folder.")] = False,
+    seed: Annotated[int | None, typer.Option(help="Seed of the noise and of the training.  [default: 0]")] = None,
+    trust_remote_code: Trust = False,
+    device: Device = None,
+) -> None:
+    """Make a pretrained model variational: calibrate it, fit or train its noise, measure it before and after."""
+    counts = {"--samples": samples, "--max-sequences": max_sequences, "--test-sequences": test_sequences}
+    for name, value in {**counts, "--batch-size": batch_size}.items():
+        _whole(name, value, 1)
+    _whole("--length", length, 2)
+    if tolerance is not None and not tolerance >= 0:
+        fail(f"--tolerance is {tolerance}: it must be 0 or more", 2)
+    if recipe is not None and not recipe.is_file():
+        fail(f"--recipe {recipe} is no file: give a YAML recipe", 2)
+    from .retrofit_program.options import named_source, recipe_for
+
+    with reported("", FloatingPointError):
+        asked = recipe_for(
+            model,
+            data,
+            output,
+            recipe=recipe,
+            train=train and train.value,
+            layers=layers,
+            attention=attention and attention.value,
+            test=test,
+            tolerance=tolerance,
+            samples=samples,
+            max_sequences=max_sequences,
+            length=length,
+            seed=seed,
+            adapter=adapter,
+            overrides=overrides or (),
+        )
+        others = dict(named_source(text) for text in other or ())
+        network, tokenizer, variational = _load(model, trust_remote_code, device, dtype=asked.retrofit.dtype)
+        if variational:
+            fail(f"{model} is variational already: start from the pretrained model")
+        from .retrofit_program import run
+
+        try:
+            run(
+                network,
+                tokenizer,
+                asked,
+                others=others,
+                test_sequences=test_sequences,
+                batch_size=batch_size,
+                overwrite=overwrite,
+                progress=sys.stderr.isatty(),
+            )
+        except KeyboardInterrupt:
+            fail(f"interrupted; {output} has what was computed", INTERRUPTED)
 
 
 @app.command()

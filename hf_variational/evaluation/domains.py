@@ -97,7 +97,7 @@ def token_windows(
     if max_windows is not None:
         _check_whole("max_windows", max_windows, 1)
     texts = [texts] if isinstance(texts, str) else list(texts)
-    prefix = _prefix_of(tokenizer) if prefix is None else list(prefix)
+    prefix = text_prefix(tokenizer) if prefix is None else list(prefix)
     if len(prefix) + length < 2:
         raise ValueError(f"A window of length={length} without a token in front of it has nothing to predict.")
     windows, longest = [], 0
@@ -112,11 +112,15 @@ def token_windows(
     return [windows[index * len(windows) // max_windows] for index in range(max_windows)]
 
 
-def _prefix_of(tokenizer) -> list[int]:
+def text_prefix(tokenizer) -> list[int]:
+    """The tokens that a tokenizer puts in front of a text: of Llama the beginning-of-sequence token, of GPT-2 none."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     whole = tokenizer("a")["input_ids"]
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return list(whole[: next(starts, 0)])
+
+
+_prefix_of = text_prefix
 
 
 def token_scores(

@@ -14,7 +14,9 @@ from typing import Any
 from transformers.utils import logging
 
 from ..modeling.saving import register_card_writer
-from .cards import as_list, auto_class, is_untouched, model_card
+from .adapters import forget_record, is_adapter, write_record
+from .cards import as_list, is_untouched, model_card
+from .described import auto_class, is_retrofit
 
 logger = logging.get_logger(__name__)
 
@@ -42,6 +44,9 @@ def write_model_card(
     Returns:
         `bool`: Whether a card was written.
     """
+    if is_adapter(model):
+        forget_record(directory)
+        return write_record(directory, facts, metrics)
     directory = Path(directory)
     readme = directory / "README.md"
     now = readme.read_bytes() if readme.is_file() else None
@@ -111,7 +116,13 @@ def _write(path: Path, content: bytes) -> None:
 
 @contextlib.contextmanager
 def _with_code(model) -> Iterator[None]:
-    """`register_for_auto_class` for one save: it acts on the classes, and an `auto_map` stays in the config."""
+    """`register_for_auto_class` for one save: it acts on the classes, and an `auto_map` stays in the config.
+
+    The class of a retrofit was made, and has no file that could be copied.
+    """
+    if is_retrofit(model):
+        yield
+        return
     config, model_class, config_class = model.config, type(model), type(model.config)
     before = copy.deepcopy(getattr(config, "auto_map", None))
     classes = {cls: cls._auto_class for cls in (model_class, config_class)}
@@ -142,10 +153,11 @@ def save_for_hub(
 ) -> Path:
     """
     Saves all that a Hub repository needs: safetensors weights, the modelling code with its `auto_map`, the tokenizer
-    and a card. It does not have to be told `register_for_auto_class`, and leaves the classes as they were.
+    and a card. It does not have to be told `register_for_auto_class`, and leaves the classes as they were. The code of
+    a retrofit is the package's, and of a PEFT model the adapters are saved.
 
     Args:
-        model: A model of this package.
+        model: A model of this package, or a PEFT model with an EVE adapter.
         directory: Where to; made if it is not there. A `README.md` that a person wrote is kept.
         tokenizer (*optional*): Saved beside the model.
         facts, metrics (`dict`, *optional*): What the card says; see [`~hf_variational.hub.model_card`].
@@ -169,6 +181,11 @@ def _save(model, directory, tokenizer, facts, metrics, repo_id, kwargs) -> Path:
     before = readme.read_bytes() if readme.is_file() else None
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    if is_adapter(model):
+        forget_record(directory)
+        model.save_pretrained(directory, **kwargs)
+        write_record(directory, facts, metrics)
+        return directory
     with _with_code(model):
         model.save_pretrained(directory, **kwargs)
         write_model_card(model, directory, before, repo_id, facts, metrics)

@@ -26,6 +26,7 @@ METRICS = (
     ("accuracy", "accuracy", False),
     ("expected_calibration_error", "ECE (15 bins)", True),
     ("cvar_nll", "NLL of the worst 5 %", True),
+    ("wrong_token_auroc", "AUROC, wrong tokens", False),
     ("mutual_information", "mutual information", None),
     ("predictive_entropy", "predictive entropy", None),
     ("expected_entropy", "expected entropy", None),

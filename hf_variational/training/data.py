@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from ..evaluation.domains import text_prefix
 from .naming import refuse_unknown
 
 LANGUAGE_REFERENCE = "pydoc_data.topics"
@@ -144,10 +145,11 @@ def _documents(file: Path, text_column: str, separator: str | None) -> Iterable[
         yield text
 
 
-def _pieces(document: str) -> Iterable[str]:
+def pieces(document: str, size: int = _PIECE) -> Iterable[str]:
+    """Cuts a text into pieces of at most `size` characters, before a line break or a space where there is one."""
     start = 0
-    while len(document) - start > _PIECE:
-        limit = start + _PIECE
+    while len(document) - start > size:
+        limit = start + size
         cut = max(document.rfind("\n", start + 1, limit), 0) or max(document.rfind(" ", start + 1, limit), 0) or limit
         yield document[start:cut]
         start = cut
@@ -159,9 +161,9 @@ def _as_dataset(documents: Iterable[str]):
 
     columns: dict[str, list] = {"text": [], "ends_document": []}
     for document in documents:
-        pieces = [piece for piece in _pieces(document) if piece]
-        columns["text"] += pieces
-        columns["ends_document"] += [False] * (len(pieces) - 1) + [True] * bool(pieces)
+        found = [piece for piece in pieces(document) if piece]
+        columns["text"] += found
+        columns["ends_document"] += [False] * (len(found) - 1) + [True] * bool(found)
     return Dataset.from_dict(columns)
 
 
@@ -290,6 +292,55 @@ def pack(dataset, tokenizer, block_size: int, *, separate_documents: bool = Fals
     if hasattr(blocks, "num_rows") and blocks.num_rows == 0:
         raise ValueError("The text has fewer than two tokens: there is nothing to predict.")
     return blocks
+
+
+def cut(dataset, tokenizer, block_size: int, *, num_proc: int | None = None):
+    """
+    Sequences of at most `block_size` tokens, with `input_ids`, `attention_mask` and `labels`, from a dataset as
+    [`load_text`] gives it: what a pretrained model is used on.
+
+    Each is of one document and begins as the tokenizer begins a text (of Llama with the beginning-of-sequence token,
+    of GPT-2 with nothing). No other special token is in it, for nobody can tell whether the model has learnt it. What
+    is shorter than `block_size` is filled up with padding.
+
+    Args:
+        dataset: With a column `text`.
+        tokenizer: Any tokenizer.
+        block_size (`int`): Tokens of a sequence, at least 2 more than the tokenizer begins with.
+        num_proc (`int`, *optional*): Processes for `datasets.map`.
+
+    Raises:
+        ValueError: for a text with nothing to predict.
+    """
+    prefix = text_prefix(tokenizer)
+    if isinstance(block_size, bool) or not isinstance(block_size, int) or block_size < len(prefix) + 2:
+        raise ValueError(f"`block_size` is a whole number of at least {len(prefix) + 2}, got {block_size!r}.")
+    options = {"tokenizer": tokenizer, "block_size": block_size, "prefix": prefix}
+    arguments = {"batched": True, "remove_columns": _columns(dataset), "fn_kwargs": options}
+    if hasattr(dataset, "num_rows"):
+        arguments.update(num_proc=num_proc, desc="Cutting")
+    sequences = dataset.map(cut_batch, **arguments)
+    if hasattr(sequences, "num_rows") and sequences.num_rows == 0:
+        raise ValueError("The text has fewer than two tokens: there is nothing to predict.")
+    return sequences
+
+
+def cut_batch(batch: Mapping, tokenizer, block_size: int, prefix: list[int]) -> dict[str, list]:
+    """[`cut`] of a batch of rows: `{"text": [...]}`."""
+    encoded = tokenizer(batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    step = block_size - len(prefix)
+    columns: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for ids in encoded["input_ids"]:
+        for begin in range(0, len(ids), step):
+            piece = ids[begin : begin + step]
+            if len(prefix) + len(piece) < 2:
+                continue
+            fill = step - len(piece)
+            columns["input_ids"].append([*prefix, *piece] + [padding] * fill)
+            columns["attention_mask"].append([1] * (block_size - fill) + [0] * fill)
+            columns["labels"].append([-100] * len(prefix) + piece + [-100] * fill)
+    return columns
 
 
 def _pack_batch(batch: dict, tokenizer, block_size: int, separate_documents: bool) -> dict:

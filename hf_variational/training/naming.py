@@ -3,6 +3,9 @@
 import difflib
 from collections.abc import Iterable
 
+# Children that hold a posterior: of an FFN's units, of an adapter's, of attention weights.
+_OF_A_POSTERIOR = ("eve", "eve_posterior", "posterior")
+
 
 def refuse_unknown(given: Iterable, known: Iterable[str], where: str) -> None:
     """Raises `ValueError` that names what is unknown and the nearest name that is not."""
@@ -17,4 +20,4 @@ def refuse_unknown(given: Iterable, known: Iterable[str], where: str) -> None:
 
 def is_variational(parameter: str) -> bool:
     """Whether the parameter of that name belongs to a posterior, of feed-forward units or of attention weights."""
-    return ".eve." in parameter or ".posterior." in parameter
+    return any(part in _OF_A_POSTERIOR for part in parameter.split("."))

@@ -8,11 +8,14 @@ from transformers import AutoTokenizer, default_data_collator, set_seed
 from transformers.utils import logging
 
 from ..modeling import VariationalGPTConfig, VariationalGPTForCausalLM
+from ..modeling.saving import write_card
 from .arguments import VariationalTrainingArguments
 from .checkpoints import last_complete_checkpoint
-from .data import load_text, pack, train_tokenizer
+from .data import cut, load_text, pack, train_tokenizer
 from .naming import is_variational
 from .recipe import MODEL_KEYS, Recipe, load_recipe, recipe_from_dict
+from .retrofitting import base_facts, calibrate, card_recipe, load_pretrained, make_variational, send_posteriors
+from .settings import settings_of
 from .trainer import VariationalTrainer
 
 logger = logging.get_logger(__name__)
@@ -42,12 +45,19 @@ def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> Varia
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe)
+    if recipe.retrofit is not None and recipe.retrofit.train == "none":
+        raise ValueError("This recipe trains nothing (`retrofit.train: none`): give it to `hf-variational retrofit`.")
     args = VariationalTrainingArguments(**recipe.arguments)
     checkpoint = _on_main_process_first(args, lambda: _check_output_folder(Path(args.output_dir), recipe, resume))
     tokenizer = _tokenizer(recipe, args)
     train_blocks, validation_blocks = _blocks(recipe, args, tokenizer)
+    calibration, train_blocks = _calibration_blocks(recipe, train_blocks)
     set_seed(args.seed)
     model = build_model(recipe, tokenizer)
+    if recipe.retrofit is not None:
+        if checkpoint is None:
+            _calibrate(model, recipe, args, calibration)
+        _prepare_saving(model, recipe, args)
     trainer = VariationalTrainer(
         model,
         args,
@@ -61,14 +71,32 @@ def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> Varia
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
+        if not hasattr(model, "peft_config"):
+            write_card(model, args.output_dir)  # once more, for the tokenizer is there by now
         _write_json(Path(args.output_dir) / METRICS_FILE, _metrics(trainer, result.metrics, evaluation))
     # A process that leaves right after its last collective can hang in gloo's destructor.
     trainer.accelerator.wait_for_everyone()
     return trainer
 
 
-def build_model(recipe: Recipe, tokenizer) -> VariationalGPTForCausalLM:
-    """The model of a recipe, in train mode; its vocabulary and special tokens are the tokenizer's."""
+def build_model(recipe: Recipe, tokenizer):
+    """
+    The model of a recipe, in train mode: a `VariationalGPTForCausalLM` whose vocabulary and special tokens are the
+    tokenizer's, or a retrofit.
+    """
+    model = _new_model(recipe, tokenizer)
+    longest = getattr(model.config, "max_position_embeddings", None)
+    if longest is not None and recipe.data.block_size > longest:
+        raise ValueError(
+            f"block_size={recipe.data.block_size} is longer than the model's max_position_embeddings={longest}: lower "
+            "one, or raise the other."
+        )
+    return model.train()
+
+
+def _new_model(recipe: Recipe, tokenizer):
+    if recipe.retrofit is not None:
+        return make_variational(load_pretrained(recipe.retrofit), recipe.retrofit)
     fields = {name: value for name, value in recipe.model.items() if name not in MODEL_KEYS}
     options = {name: recipe.model[name] for name in ("attn_implementation",) if name in recipe.model}
     pretrained = recipe.model.get("pretrained")
@@ -91,12 +119,7 @@ def build_model(recipe: Recipe, tokenizer) -> VariationalGPTForCausalLM:
             f"vocab_size={model.config.vocab_size} is too small for the tokenizer's {len(tokenizer)} tokens: leave it "
             "out of the recipe's section `model`, or name the model's own tokenizer."
         )
-    if recipe.data.block_size > model.config.max_position_embeddings:
-        raise ValueError(
-            f"block_size={recipe.data.block_size} is longer than the model's max_position_embeddings="
-            f"{model.config.max_position_embeddings}: lower one, or raise the other."
-        )
-    return model.train()
+    return model
 
 
 def _pretrained_config(pretrained: str, fields: dict) -> VariationalGPTConfig:
@@ -110,6 +133,50 @@ def _pretrained_config(pretrained: str, fields: dict) -> VariationalGPTConfig:
     for name in ("architectures", "transformers_version", "auto_map"):
         stored.pop(name, None)
     return VariationalGPTConfig(**{**stored, **fields})
+
+
+# ---- A retrofit ----
+
+
+def _calibration_blocks(recipe: Recipe, blocks):
+    """The blocks a retrofit is calibrated on, and those that are left to train on."""
+    if recipe.retrofit is None:
+        return None, blocks
+    count = recipe.retrofit.calibration.sequences
+    if not hasattr(blocks, "train_test_split"):
+        return list(blocks.take(count)), blocks.skip(count)
+    if count >= len(blocks):
+        raise ValueError(
+            f"The training text makes {len(blocks)} sequences: too few to calibrate on {count} and to train. Lower "
+            "`retrofit.calibration.sequences`, or give more text."
+        )
+    parts = blocks.train_test_split(test_size=count, seed=_SPLIT_SEED)
+    return list(parts["test"]), parts["train"]
+
+
+def _calibrate(model, recipe: Recipe, args, rows: list[dict]) -> None:
+    # also the other processes' models go where they are trained: a broadcast may know that device alone
+    model.to(args.device)
+    _on_main_process_first(
+        args,
+        lambda: calibrate(
+            model,
+            recipe.retrofit,
+            rows,
+            num_posterior_samples=args.eval_posterior_samples or 8,
+            batch_size=args.per_device_eval_batch_size,
+            seed=args.seed,
+            progress=not args.disable_tqdm,
+        ),
+    )
+    send_posteriors(model)
+
+
+def _prepare_saving(model, recipe: Recipe, args) -> None:
+    """What a checkpoint says of itself: that `generate` draws samples, and in its card where it comes from."""
+    if args.eval_posterior_samples and hasattr(model, "generation_config"):
+        model.generation_config.num_posterior_samples = args.eval_posterior_samples
+    model.card_facts = {**base_facts(recipe.retrofit.model), "seeds": [args.seed], "recipe": card_recipe(recipe)}
 
 
 # ---- The output folder ----
@@ -171,9 +238,10 @@ def _check_same_recipe(file: Path, recipe: Recipe) -> None:
         return
     before = recipe_from_dict(json.loads(file.read_text(encoding="utf-8")), where=str(file)).to_dict()
     now = json.loads(json.dumps(recipe.to_dict()))
-    for section in ("model", "data", "tokenizer"):
-        for key in sorted({*before[section], *now[section]} - {"num_proc"}):
-            old, new = before[section].get(key), now[section].get(key)
+    for section in ("model", "data", "tokenizer", "retrofit"):
+        here, there = now[section] or {}, before[section] or {}
+        for key in sorted({*there, *here} - {"num_proc"}):
+            old, new = there.get(key), here.get(key)
             if old != new:
                 raise ValueError(
                     f"The run in {file.parent} has {section}.{key}={old!r}, the recipe {new!r}: resume with the run's "
@@ -191,8 +259,9 @@ def _write_json(file: Path, content: dict) -> None:
 
 
 def _tokenizer(recipe: Recipe, args):
-    if recipe.tokenizer.name is not None:
-        return AutoTokenizer.from_pretrained(recipe.tokenizer.name)
+    name = recipe.tokenizer.name or (recipe.retrofit and recipe.retrofit.model)
+    if name is not None:
+        return AutoTokenizer.from_pretrained(name)
     folder = Path(args.output_dir)
     with args.main_process_first(desc="training the tokenizer"):
         if not (folder / "tokenizer.json").is_file():
@@ -204,11 +273,13 @@ def _tokenizer(recipe: Recipe, args):
 
 def _blocks(recipe: Recipe, args, tokenizer):
     data = recipe.data
-    options = {"separate_documents": data.separate_documents, "num_proc": data.num_proc}
+    make, options = cut, {"num_proc": data.num_proc}
+    if recipe.retrofit is None:
+        make, options = pack, {**options, "separate_documents": data.separate_documents}
     with args.main_process_first(desc="packing the text"):
-        blocks = pack(load_text(data.train), tokenizer, data.block_size, **options)
+        blocks = make(load_text(data.train), tokenizer, data.block_size, **options)
         if data.validation is not None:
-            return blocks, pack(load_text(data.validation), tokenizer, data.block_size, **options)
+            return blocks, make(load_text(data.validation), tokenizer, data.block_size, **options)
     if not data.validation_fraction:
         return blocks, None
     if not hasattr(blocks, "train_test_split"):
@@ -228,7 +299,7 @@ def _metrics(trainer: VariationalTrainer, train: dict, evaluation: dict) -> dict
     variational = sum(p.numel() for name, p in model.named_parameters() if is_variational(name))
     total = sum(p.numel() for p in model.parameters())
     samples = args.train_posterior_samples
-    samples = model.config.num_posterior_samples if samples is None else samples
+    samples = settings_of(model).num_posterior_samples if samples is None else samples
     facts = {
         "parameters": total,
         "variational_parameters": variational,

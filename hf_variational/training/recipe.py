@@ -13,6 +13,7 @@ from .naming import refuse_unknown
 
 # Keys of the section `model` that are no fields of its configuration.
 MODEL_KEYS = ("pretrained", "attn_implementation")
+TRAIN = ("none", "posterior", "ffn", "all")
 
 
 @dataclass
@@ -54,6 +55,62 @@ class TokenizerRecipe:
 
 
 @dataclass
+class CalibrationRecipe:
+    """
+    Section `retrofit.calibration`.
+
+    Args:
+        sequences (`int`, defaults to 256): Sequences held out of the training text to calibrate on.
+        scale (`float`, defaults to 0.1): Initial scale of a unit, as a share of its standard deviation on these.
+        prior_scale (`float`, *optional*): Likewise of its prior, see [`calibrate_prior`].
+        fit_scale (`bool`, defaults to `True`): Whether one multiplier of the scales per layer is fitted, see
+            [`fit_scale`]; before any training.
+        tolerance (`float`, *optional*): Has the scales raised as far as the NLL stays within this share of the base
+            model's.
+    """
+
+    sequences: int = 256
+    scale: float = 0.1
+    prior_scale: float | None = None
+    fit_scale: bool = True
+    tolerance: float | None = None
+
+
+@dataclass
+class RetrofitRecipe:
+    """
+    Section `retrofit`: a pretrained causal language model of any family that is made variational.
+
+    Args:
+        model (`str`): Its folder, or its name on the Hub.
+        eve (`dict`, *optional*):
+            Fields of `EVEConfig`, whose `prior` is `"centered"` where it is left out. Null is for deterministic
+            feed-forward networks.
+        attention (`dict`, *optional*): Fields of `VariationalAttentionConfig`.
+        layers (`str` or `list`, defaults to `"all"`): See [`variationalize`].
+        train (`str`, defaults to `"posterior"`):
+            `"posterior"`, `"ffn"` or `"all"`; `"none"`: calibrated and fitted, and that is all.
+        adapter (`bool`, defaults to `False`): Whether the posterior is an adapter of PEFT: the base is not saved.
+        dtype (`str`, defaults to `"float32"`): Of the pretrained weights; `"auto"` is that of their files.
+        target_modules, kl_weight, objective, num_posterior_samples: See [`variationalize`].
+        calibration: How scales and priors start.
+    """
+
+    model: str
+    eve: dict | None = field(default_factory=dict)
+    attention: dict | None = None
+    layers: str | list = "all"
+    train: str = "posterior"
+    adapter: bool = False
+    dtype: str = "float32"
+    target_modules: str | list | None = None
+    kl_weight: float = 1e-4
+    objective: str = "elbo"
+    num_posterior_samples: int = 1
+    calibration: CalibrationRecipe = field(default_factory=CalibrationRecipe)
+
+
+@dataclass
 class Recipe:
     """
     A training run.
@@ -66,27 +123,30 @@ class Recipe:
             tokenizer where it is not given. `pretrained` names a checkpoint of the Llama architecture to start from,
             `attn_implementation` is transformers'.
         data: Where the text is.
-        tokenizer: Which tokenizer.
+        tokenizer: Which tokenizer; a retrofit has its base model's.
         arguments (`dict`): Fields of `VariationalTrainingArguments`; `output_dir` is required.
+        retrofit (*optional*): Instead of `model`, a pretrained model that is made variational.
     """
 
     data: DataRecipe
     arguments: dict
     model: dict = field(default_factory=dict)
     tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    retrofit: RetrofitRecipe | None = None
 
     def to_dict(self) -> dict:
         """Plain values, which `recipe_from_dict` takes back."""
         return dataclasses.asdict(self)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, object] | None = None) -> Recipe:
     """
     Reads a recipe.
 
     Args:
         path: The YAML file.
         overrides: `section.key=value` with a YAML value, for example `arguments.max_steps=10`.
+        values: Values by `section.key`, likewise; the overrides count before them.
 
     Raises:
         ValueError: for a key that does not exist, at any level (it names the nearest that does), for one that stands
@@ -105,6 +165,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> Recipe:
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a recipe: expected the sections data, arguments, model and tokenizer.")
+    for path_of_keys, value in (values or {}).items():
+        _set(content, path_of_keys, value)
     for override in overrides:
         _override(content, override)
     return recipe_from_dict(content, where=str(path))
@@ -124,6 +186,7 @@ def recipe_from_dict(content: Mapping, where: str = "The recipe") -> Recipe:
         tokenizer = {"name": tokenizer}
     model, arguments = dict(content.get("model") or {}), dict(content["arguments"])
     _check_model(model, f"{where}, section `model`,")
+    retrofit = _retrofit(content.get("retrofit"), model, f"{where}, section `retrofit`,")
     _check_arguments(arguments, f"{where}, section `arguments`,")
     data = _build(DataRecipe, content["data"], f"{where}, section `data`,")
     if not 0.0 <= data.validation_fraction < 1.0:
@@ -138,7 +201,36 @@ def recipe_from_dict(content: Mapping, where: str = "The recipe") -> Recipe:
         data=data,
         tokenizer=_build(TokenizerRecipe, tokenizer, f"{where}, section `tokenizer`,"),
         arguments=arguments,
+        retrofit=retrofit,
     )
+
+
+def _retrofit(section: Mapping | None, model: dict, where: str) -> RetrofitRecipe | None:
+    from ..modeling import EVEConfig, VariationalAttentionConfig
+
+    if section is None:
+        return None
+    if model:
+        raise ValueError(f"{where} is there, and a section `model` too: a run has one or the other.")
+    calibration = section.get("calibration") or {}
+    if not isinstance(calibration, Mapping):
+        raise ValueError(f"{where} `calibration` is a mapping, got {calibration!r}.")
+    calibration = _build(CalibrationRecipe, calibration, f"{where} `calibration`")
+    retrofit = _build(RetrofitRecipe, {**section, "calibration": calibration}, where)
+    _check_nested("eve", retrofit.eve, EVEConfig, "units", where)
+    _check_nested("attention", retrofit.attention, VariationalAttentionConfig, "attention", where)
+    if retrofit.eve is None and retrofit.attention is None:
+        raise ValueError(f"{where} has neither `eve` nor `attention`: nothing would be variational.")
+    if retrofit.train not in TRAIN:
+        raise ValueError(f"{where} `train` is one of {', '.join(TRAIN)}, got {retrofit.train!r}.")
+    if calibration.sequences < 1:
+        raise ValueError(f"{where} `calibration` needs at least 1 of `sequences`, got {calibration.sequences}.")
+    if retrofit.adapter and (retrofit.attention is not None or retrofit.train in ("ffn", "all")):
+        raise ValueError(
+            f"{where} `adapter` holds the posterior of the units alone: leave `attention` out, and let `train` be "
+            "posterior or none."
+        )
+    return retrofit
 
 
 def _build(cls, content: Mapping, where: str):
@@ -147,7 +239,7 @@ def _build(cls, content: Mapping, where: str):
     for name, spec in fields.items():
         if name in content:
             _check_type(name, content[name], spec.type, where)
-        elif spec.default is dataclasses.MISSING:
+        elif spec.default is spec.default_factory is dataclasses.MISSING:
             raise ValueError(f"{where} has no `{name}`.")
     return cls(**content)
 
@@ -210,18 +302,22 @@ def _check_type(name: str, value, annotation, where: str) -> None:
 def _override(content: dict, override: str) -> None:
     import yaml
 
-    path, separator, value = override.partition("=")
-    keys = path.strip().split(".")
-    if not separator or not all(keys):
+    keys, separator, value = override.partition("=")
+    if not separator or not all(keys.strip().split(".")):
         raise ValueError(f"{override!r} does not set a value: write section.key=value, like arguments.max_steps=10.")
+    _set(content, keys.strip(), yaml.load(value, Loader=_loader()))
+
+
+def _set(content: dict, path: str, value) -> None:
+    *sections, last = path.split(".")
     section = content
-    for key in keys[:-1]:
+    for key in sections:
         if section.get(key) is None:
             section[key] = {}
         section = section[key]
         if not isinstance(section, dict):
-            raise ValueError(f"{override!r} sets a key of {key!r}, which is no section.")
-    section[keys[-1]] = yaml.load(value, Loader=_loader())
+            raise ValueError(f"{path!r} is a key of {key!r}, which is no section.")
+    section[last] = value
 
 
 def _loader():

@@ -17,6 +17,7 @@ from .callbacks import InterruptCallback, RankNoiseCallback, own_noise
 from .checkpoints import last_complete_checkpoint, non_finite_parameters, refuse_mixed_dtypes
 from .naming import is_variational
 from .recorder import StepRecorder, layer_names
+from .settings import settings_of
 from .statistics import PARTS, StatisticsMean
 
 
@@ -103,13 +104,8 @@ class VariationalTrainer(Trainer):
 
     def kl_weight(self) -> float:
         """The KL weight of the step that is being taken."""
-        full = self.args.kl_weight if self.args.kl_weight is not None else self._configured_kl_weight()
+        full = self.args.kl_weight if self.args.kl_weight is not None else settings_of(self.model).kl_weight
         return full * self.args.kl_factor(self.state.global_step, self.state.max_steps)
-
-    def _configured_kl_weight(self) -> float:
-        config = self.model.config
-        # where a stock model was made variational its settings have a place of their own
-        return config.kl_weight if hasattr(config, "kl_weight") else config.variational["kl_weight"]
 
     def _forward_arguments(self, training: bool) -> dict:
         if not self._layers:

@@ -21,8 +21,9 @@ from eve_families import (
     stock,
     targets,
 )
+from eve_reference import UnitNoise, predictive, sampled_by_hand
 
-from hf_variational import EVEConfig, to_deterministic, variationalize
+from hf_variational import EVEConfig, posterior_noise, to_deterministic, variationalize
 
 
 @torch.no_grad()
@@ -107,6 +108,24 @@ def test_samples_differ_in_every_family(name):
     torch.testing.assert_close(out.logits.exp().sum(-1), torch.ones(out.logits.shape[:-1]))
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
+def test_every_kernel_of_experts(implementation):
+    """Each runs the mean pass bit for bit, and is the one in use again afterwards."""
+    plain, inputs = stock("mixtral"), given("mixtral", padding=2)
+    plain.config._experts_implementation = implementation
+    expected, model = plain(**inputs).logits, retrofitted(plain, [1, 2])
+    assert torch.equal(model(**inputs).logits, expected)
+    with posterior_noise(UnitNoise()):
+        actual = model(**inputs, num_posterior_samples=3).logits
+    passes = sampled_by_hand("mixtral", stock("mixtral"), model, inputs, 3)
+    kept = attended("mixtral", inputs)
+    torch.testing.assert_close(actual[kept], predictive(passes)[kept], atol=2e-5, rtol=1e-4)
+    back = to_deterministic(model)
+    assert back.config._experts_implementation == implementation
+    assert torch.equal(back(**inputs).logits, expected)
+
+
 class TestToDeterministic:
     @torch.no_grad()
     @pytest.mark.parametrize("name", EVERY)
@@ -150,6 +169,13 @@ class TestToDeterministic:
         after = model.state_dict()
         assert all(torch.equal(after[key], value) for key, value in before.items())
         assert torch.equal(model(**inputs).logits, expected)
+        for key, tensor in added(model).items():
+            if key.endswith("mean_bias") and ".layers.2." not in key:
+                tensor.zero_()
+        expected = model(**inputs).logits
+        with pytest.raises(ValueError, match="layer 2"):
+            to_deterministic(model)
+        assert torch.equal(model(**inputs).logits, expected), "the layers before it were changed"
         for key, tensor in added(model).items():
             if key.endswith("mean_bias"):
                 tensor.zero_()

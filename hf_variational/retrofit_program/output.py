@@ -1,0 +1,64 @@
+"""Where a retrofit writes: refused before anything is computed, replaced when there is something to replace."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from pathlib import Path
+
+__all__ = ["RESULTS", "TRAINING", "clear", "prepare", "write_results"]
+
+RESULTS, TRAINING = "results.json", "training"
+# Files of another checkpoint, which would be loaded together with or instead of the one that is written.
+_REPLACED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "config.json",
+    "generation_config.json",
+    "adapter_config.json",
+)
+
+
+def prepare(output: Path, base: str, overwrite: bool) -> None:
+    """
+    Makes the folder, and sees that it can be written to.
+
+    Raises:
+        ValueError: for a file, a folder with something in it without `overwrite`, or the base model's own.
+        OSError: for one that cannot be written to.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output} is a file: give a folder to write to.")
+    if output.is_dir() and Path(base).is_dir() and os.path.samefile(output, base):
+        raise ValueError(f"{output} is the base model's own folder: write to another.")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise ValueError(f"{output} is not empty: give another folder, or overwrite what is there.")
+    output.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=output):
+        pass
+
+
+def clear(output: Path) -> None:
+    """Takes an earlier checkpoint away."""
+    for pattern in _REPLACED:
+        for file in output.glob(pattern):
+            file.unlink()
+
+
+def write_results(output: Path, results: dict) -> None:
+    """Writes what is known so far, whole or not at all."""
+    file = output / RESULTS
+    part = file.with_name(file.name + ".part")
+    part.write_text(json.dumps(_plain(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, file)
+
+
+def _plain(value):
+    """JSON has no number that is not finite."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
