@@ -141,8 +141,15 @@ def to_deterministic(model: PreTrainedModel) -> PreTrainedModel:
     if not isinstance(model, VariationalMixin) or getattr(model.config, "variational", None) is None:
         raise ValueError(f"{type(model).__name__} was not made variational by variationalize: nothing to turn back.")
     projections = find_projections(model, model.settings.target_modules)
-    for index, eve in eve_modules(model).items():
-        fold_means(projections[index], eve)
+    learned = [index for index, eve in eve_modules(model).items() if eve.config.mean != "identity"]
+    before = {parameter: parameter.detach().clone() for i in learned for parameter in projections[i].parameters()}
+    try:
+        for index in learned:
+            fold_means(projections[index], eve_modules(model)[index])
+    except ValueError:
+        for parameter, value in before.items():  # of the layers before the one that cannot be folded
+            parameter.data.copy_(value)
+        raise
     uninstall(model)
     frozen = model.__dict__.pop("_frozen", ())
     for name, parameter in model.named_parameters():
