@@ -27,7 +27,7 @@ from transformers.utils import logging
 
 from hf_variational import EVEConfig, calibrate_prior, fit_scale, variationalize
 from hf_variational.demo.texts import read_text
-from hf_variational.evaluation.domains import domain_auroc, scores_at_temperatures, token_windows
+from hf_variational.evaluation import domain_auroc, scores_at_temperatures, token_windows
 from hf_variational.evaluation.temperature import fit_temperature
 from hf_variational.training import VariationalTrainer, VariationalTrainingArguments
 

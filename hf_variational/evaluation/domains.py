@@ -5,66 +5,11 @@ well the score tells windows of two texts apart is the area under the ROC curve 
 of the other text scores higher, 0.5 for a score that says nothing. For wrong tokens the score is each token's own.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
 
 from .language_model import _check_whole
-from .predictions import Predictions, each_prediction
-from .streaming import MEASURE_NAMES, StreamingEvaluation
-from .temperature import check_temperature, temper
-
-# What needs no sample, and what the predictive distribution alone says.
-SCORE_NAMES = (*MEASURE_NAMES, "one_minus_confidence", "nll")
-# These look at the token that came, so they cannot tell beforehand that a prediction is wrong.
-_OF_THE_TARGET = ("token_variance", "nll")
-
-
-@dataclass(frozen=True)
-class TokenScores:
-    """Scores of every predicted token, on the CPU; higher is less certain.
-
-    Attributes:
-        values: by name (of `SCORE_NAMES`), each [tokens]. The mean pass has `predictive_entropy`,
-            `one_minus_confidence` and `nll`.
-        correct: whether the most probable token was the target, [tokens].
-        windows: number of the sequence that the token is from, [tokens].
-        num_windows: sequences.
-    """
-
-    values: dict[str, Tensor]
-    correct: Tensor
-    windows: Tensor
-    num_windows: int
-
-    def window_means(self) -> dict[str, Tensor]:
-        """Mean of each score over the predicted tokens of each window, [windows that have any]."""
-        counts = torch.bincount(self.windows, minlength=self.num_windows)
-        sums = {
-            name: torch.zeros(self.num_windows, dtype=torch.float64).index_add_(0, self.windows, values.double())
-            for name, values in self.values.items()
-        }
-        return {name: total[counts > 0] / counts[counts > 0] for name, total in sums.items()}
-
-    def error_auroc(self) -> dict[str, float]:
-        """AUROC of wrong tokens against right ones, for each score that does not look at the target."""
-        return {
-            name: auroc(values[self.correct], values[~self.correct])
-            for name, values in self.values.items()
-            if name not in _OF_THE_TARGET
-        }
-
-    def evaluation(self, num_bins: int = 15) -> StreamingEvaluation:
-        """The same tokens as a [`StreamingEvaluation`]: likelihood, calibration and the mean of each measure."""
-        evaluation = StreamingEvaluation(num_bins)
-        confidence = 1 - self.values["one_minus_confidence"].double()
-        evaluation._add_predictions(self.values["nll"], confidence, self.correct.double())
-        for name in MEASURE_NAMES:
-            if name in self.values:
-                evaluation._add_measure(name, self.values[name])
-        return evaluation
+from .ranking import auroc
+from .token_scores import TokenScores, token_scores
 
 
 def token_windows(
@@ -118,116 +63,6 @@ def text_prefix(tokenizer) -> list[int]:
     whole = tokenizer("a")["input_ids"]
     starts = (start for start in range(len(whole)) if whole[start : start + len(bare)] == bare)
     return list(whole[: next(starts, 0)])
-
-
-_prefix_of = text_prefix
-
-
-def token_scores(
-    model,
-    data,
-    num_posterior_samples: int = 8,
-    batch_size: int = 32,
-    *,
-    temperature: float = 1.0,
-    seed: int = 0,
-    progress: bool = True,
-) -> TokenScores:
-    """
-    Scores of every predicted token of a data set.
-
-    Args:
-        model, data, num_posterior_samples, batch_size: As in [`evaluate_language_model`].
-        temperature (`float`, defaults to 1.0):
-            Of the predictive distribution: likelihood, confidence and predictive entropy are those of p_T ∝ p̄^(1/T).
-            The other measures compare posterior samples and stay as they are, so only at 1 is the predictive entropy
-            the sum of expected entropy and mutual information.
-        seed (`int`, defaults to 0): Seeds the posterior noise.
-        progress (`bool`, defaults to `True`): Whether to show a progress bar.
-
-    Raises:
-        ValueError: for data without a target, or a temperature that is not a number above 0.
-    """
-    return scores_at_temperatures(
-        model, data, [temperature], num_posterior_samples, batch_size, seed=seed, progress=progress
-    )[0]
-
-
-def scores_at_temperatures(
-    model,
-    data,
-    temperatures: Sequence[float],
-    num_posterior_samples: int = 8,
-    batch_size: int = 32,
-    *,
-    seed: int = 0,
-    progress: bool = True,
-) -> list[TokenScores]:
-    """[`token_scores`] at each of several temperatures, from one pass over the data."""
-    temperatures = [check_temperature(temperature) for temperature in temperatures]
-    parts: list[list[dict[str, Tensor]]] = [[] for _ in temperatures]
-    places: list[Tensor] = []
-
-    def visit(block: Predictions) -> None:
-        places.append(block.sequences.cpu())
-        for temperature, part in zip(temperatures, parts, strict=True):
-            part.append({name: values.cpu() for name, values in _scores(block, temperature).items()})
-
-    count = each_prediction(
-        model,
-        data,
-        visit,
-        num_posterior_samples,
-        batch_size,
-        measures=True,
-        seed=seed,
-        progress=progress,
-        description="Scoring",
-    )
-    answers = []
-    for part in parts:
-        values = {name: torch.cat([block[name] for block in part]) for name in part[0]}
-        correct = values.pop("correct")
-        answers.append(
-            TokenScores(
-                {name: values[name] for name in SCORE_NAMES if name in values}, correct, torch.cat(places), count
-            )
-        )
-    return answers
-
-
-def _scores(block: Predictions, temperature: float) -> dict[str, Tensor]:
-    log_p = block.log_probabilities if temperature == 1 else temper(block.log_probabilities, temperature)
-    largest, predicted = log_p.max(-1)
-    scores = {
-        **block.measures,
-        "one_minus_confidence": -torch.expm1(largest),
-        "nll": -log_p.gather(-1, block.targets[:, None]).squeeze(-1),
-        "correct": predicted == block.targets,
-    }
-    if temperature != 1 or "predictive_entropy" not in scores:
-        scores["predictive_entropy"] = torch.special.entr(log_p.exp()).sum(-1)
-    return scores
-
-
-def auroc(negative: Tensor, positive: Tensor) -> float:
-    """P(positive > negative) + ½ P(positive = negative) of a random pair, [n] and [m]; nan where a value is nan.
-
-    Raises:
-        ValueError: if either side is empty.
-    """
-    if not negative.numel() or not positive.numel():
-        raise ValueError(
-            f"An AUROC needs values on both sides, got {negative.numel()} negative and {positive.numel()} positive."
-        )
-    values = torch.cat([negative.flatten(), positive.flatten()])
-    if values.isnan().any():
-        return float("nan")
-    _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    # Equal values share the mean of the ranks they take up (Mann and Whitney 1947).
-    ranks = (counts.cumsum(0).double() - (counts - 1) / 2)[place[negative.numel() :]]
-    pairs = negative.numel() * positive.numel()
-    return float((ranks.sum() - positive.numel() * (positive.numel() + 1) / 2) / pairs)
 
 
 def domain_auroc(in_domain: TokenScores, other: TokenScores) -> dict[str, float]:

@@ -6,9 +6,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
+from transformers.utils import logging
 
 from .language_model import _batches, _check_whole, _evaluating
 from .streaming import _BLOCK_ENTRIES, IGNORED_LABEL, MEASURE_NAMES, _shifted
+
+logger = logging.get_logger(__name__)
+
+# Of the posteriors at the position that predicts a token: KL divergence summed over layers and units or heads, nats;
+# the scale sigma and E[mu^2] averaged over layers and feed-forward units.
+INTERNAL_NAMES = ("kl", "scale", "mean_energy")
 
 
 @dataclass(frozen=True)
@@ -19,13 +26,17 @@ class Predictions:
         sequences: number of the sequence in the data, counted from 0, [n].
         log_probabilities: float32, [n, vocab]; of the predictive distribution where there are posterior samples.
         targets: the token that followed, [n].
+        positions: its index in its sequence, counted from 0 without padding, [n].
         measures: the measures of the samples by name, each [n]; empty for the mean pass.
+        internal: the statistics of the posteriors by name (of `INTERNAL_NAMES`), each [n]; empty if not asked for.
     """
 
     sequences: Tensor
     log_probabilities: Tensor
     targets: Tensor
+    positions: Tensor
     measures: dict[str, Tensor]
+    internal: dict[str, Tensor]
 
 
 def each_prediction(
@@ -36,6 +47,7 @@ def each_prediction(
     batch_size: int = 8,
     *,
     measures: bool = False,
+    internal: bool = False,
     seed: int | None = 0,
     progress: bool = True,
     description: str = "Predicting",
@@ -49,13 +61,15 @@ def each_prediction(
         model, data, num_posterior_samples, batch_size, seed: as in [`evaluate_language_model`].
         visit: called with [`Predictions`].
         measures: whether the blocks have the measures of the samples.
+        internal: whether they have the statistics of the posteriors. A model without posteriors has none, which a
+            warning says.
         progress, description: the progress bar.
 
     Returns:
         The number of sequences.
 
     Raises:
-        ValueError: if no position of the data has a target.
+        ValueError: if no position of the data has a target, or logits are NaN (the error names batch and row).
     """
     _check_whole("num_posterior_samples", num_posterior_samples, 0)
     _check_whole("batch_size", batch_size, 1)
@@ -65,6 +79,9 @@ def each_prediction(
     measures = measures and bool(options.get("num_posterior_samples"))
     if measures:
         options["output_uncertainty"] = True
+    internal = internal and _has_posteriors(inner)
+    if internal:
+        options["output_posteriors"] = True
     device = next(model.parameters()).device
     batches = _batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
     total = len(batches) if hasattr(batches, "__len__") else None
@@ -76,12 +93,17 @@ def each_prediction(
         batches = iter(batches)
         if seed is not None:
             torch.manual_seed(seed)
-        for batch in batches:
+        for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             targets = _targets(batch)
             out = model(**batch, **options, use_cache=False)
-            given = {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {}
-            tokens += _visit_blocks(out.logits, targets, given, sequences, visit)
+            columns = {
+                "targets": targets,
+                "positions": _positions(batch, targets),
+                "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
+                "internal": _internal(out) if internal else {},
+            }
+            tokens += _visit_blocks(out.logits, columns, number, sequences, visit)
             sequences += targets.shape[0]
             del out
             bar.update()
@@ -100,17 +122,70 @@ def _targets(batch: dict[str, Tensor]) -> Tensor:
     return _shifted(labels)
 
 
-def _visit_blocks(logits: Tensor, targets: Tensor, measures: dict[str, Tensor], first: int, visit) -> int:
-    rows, columns = (targets.to(logits.device) != IGNORED_LABEL).nonzero(as_tuple=True)
+def _positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
+    """Index of each target in its sequence, [batch, length]."""
+    if "position_ids" in batch:
+        places = batch["position_ids"].expand_as(targets)
+    elif "attention_mask" in batch:
+        places = batch["attention_mask"].ne(0).cumsum(-1) - 1
+    else:
+        places = torch.arange(targets.shape[1], device=targets.device).expand_as(targets)
+    return places.roll(-1, dims=-1)
+
+
+def _has_posteriors(model) -> bool:
+    if getattr(model, "posterior_sites", None):
+        return True
+    logger.warning(
+        f"{type(model).__name__} has no posteriors, so it has none of the internal statistics "
+        f"({', '.join(INTERNAL_NAMES)}); the scores of its predictions are complete."
+    )
+    return False
+
+
+def _internal(out) -> dict[str, Tensor]:
+    """Statistics of the posteriors of all layers, each [batch, length]."""
+    units = list((out.posteriors or {}).values())
+    heads = list((out.attention_posteriors or {}).values())
+    found = {"kl": sum(layer.kl.float() for layer in units + heads)}
+    for name in ("scale", "mean_energy"):
+        values = [getattr(layer, f"{name}_per_token") for layer in units]
+        if values and all(value is not None for value in values):
+            found[name] = torch.stack(values).mean(0)
+    return found
+
+
+def _visit_blocks(logits: Tensor, columns: dict, batch: int, first: int, visit) -> int:
+    """Cuts a batch, the `batch`-th of the data with `first` sequences before it, into blocks of scored positions."""
+    rows, places = (columns["targets"].to(logits.device) != IGNORED_LABEL).nonzero(as_tuple=True)
     step = max(1, _BLOCK_ENTRIES // logits.shape[-1])
     for start in range(0, rows.numel(), step):
-        here = rows[start : start + step], columns[start : start + step]
+        here = rows[start : start + step], places[start : start + step]
+        log_probabilities = logits[here].float().log_softmax(-1)
+        _check_numbers(log_probabilities, here[0], batch, first)
         visit(
             Predictions(
                 sequences=here[0] + first,
-                log_probabilities=logits[here].float().log_softmax(-1),
-                targets=targets[here],
-                measures={name: values[here] for name, values in measures.items()},
+                log_probabilities=log_probabilities,
+                **_picked(columns, here),
             )
         )
     return rows.numel()
+
+
+def _picked(columns: dict, here: tuple[Tensor, Tensor]) -> dict:
+    return {
+        name: _picked(column, here) if isinstance(column, dict) else column.to(here[0].device)[here]
+        for name, column in columns.items()
+    }
+
+
+def _check_numbers(log_probabilities: Tensor, rows: Tensor, batch: int, first: int) -> None:
+    # One NaN or infinite logit makes the whole distribution NaN: a column of it is enough to see that.
+    broken = log_probabilities[:, 0].isnan()
+    if bool(broken.any()):
+        row = int(rows[broken][0])
+        raise ValueError(
+            f"The logits of batch {batch}, row {row} (sequence {first + row} of the data, counted from 0) are not "
+            "numbers: NaN or infinite weights, or an overflow in half precision, which dtype=torch.float32 avoids."
+        )

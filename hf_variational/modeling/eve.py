@@ -152,7 +152,7 @@ class EVE(nn.Module):
         return mean.ndim == 3 and mean.shape == log_scale.shape == noise.shape
 
     def _record(self, h, z, kl, mean, log_scale, axis):
-        per_unit = {}
+        measured = {}
         if kl is None:
             elementwise, mean = self.divergence(mean, log_scale, axis)
             # A shared mean or scale leaves axes of size 1, but each latent dimension has its KL.
@@ -161,13 +161,13 @@ class EVE(nn.Module):
             if axis.statistics:
                 wide = log_scale.expand(*mean.shape[:2], *self.width)
                 weights = axis.weights(*mean.shape[:2], mean.device)
-                per_unit = unit_statistics(elementwise, wide, mean, weights)
+                measured = unit_statistics(elementwise, wide, mean, weights)
         reconstruction = None
         if self.config.reconstruction_weight > 0:
             target = axis.expand(h)
             decoded = z.to(kl.dtype) * self.reconstruction_decoder.to(kl.dtype)
             reconstruction = (decoded - target.detach().to(kl.dtype)).square().mean(-1)
-        statistics = PosteriorStatistics(kl, **per_unit)
+        statistics = PosteriorStatistics(kl, **measured)
         record = PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction)
         self.tap(record, axis.tape)
 

@@ -20,16 +20,22 @@ class PosteriorStatistics:
         kl_per_unit: the same per unit, averaged over the tokens that carry KL, [units].
         scale: posterior scale sigma per unit, likewise averaged, [units].
         mean_energy: E[mu^2] per unit, likewise averaged (and summed over a unit's latent dimensions), [units].
+        scale_per_token, mean_energy_per_token: the same of each token, averaged over units and posterior samples,
+            [batch, length].
     """
 
     kl: Tensor
     kl_per_unit: Tensor | None = None
     scale: Tensor | None = None
     mean_energy: Tensor | None = None
+    scale_per_token: Tensor | None = None
+    mean_energy_per_token: Tensor | None = None
 
     def over_samples(self, batch: int) -> "PosteriorStatistics":
-        """The same with the rows of `kl` averaged over posterior samples, to [batch, length]."""
-        return replace(self, kl=mean_over_samples(self.kl, batch))
+        """The same with the rows of what is per token averaged over posterior samples, to [batch, length]."""
+        rows = {"kl": self.kl, "scale_per_token": self.scale_per_token}
+        rows["mean_energy_per_token"] = self.mean_energy_per_token
+        return replace(self, **{name: mean_over_samples(t, batch) for name, t in rows.items() if t is not None})
 
     @property
     def active_fraction(self) -> Tensor:
@@ -113,26 +119,33 @@ def check_complete(records: tuple[PosteriorRecord, ...], expected: list[tuple[in
 
 @torch.no_grad()
 def unit_statistics(kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """Per-unit averages over the tokens that carry KL.
+    """Averages over the tokens that carry KL, and over the units of each token.
 
     Args:
         kl, log_scale, mean: [rows, length, units] or [rows, length, units, k], or broadcastable to it.
         weights: [rows, length], 1 where a token counts.
 
     Returns:
-        `kl_per_unit`, `scale`, `mean_energy`, each [units] in float32.
+        `kl_per_unit`, `scale`, `mean_energy`, each [units], and `scale_per_token`, `mean_energy_per_token`, each
+        [rows, length]; float32.
     """
     shape = torch.broadcast_shapes(kl.shape, log_scale.shape, mean.shape)
     total = weights.sum().clamp(min=1)
 
-    def average(values: Tensor, over_latent) -> Tensor:
+    def of_units(values: Tensor, over_latent) -> Tensor:
         values = values.expand(shape)
-        values = over_latent(values) if len(shape) == 4 else values
-        # Not a matrix product, which autocast would do in half precision.
-        return (values.float() * weights.float().unsqueeze(-1)).sum((0, 1)) / total
+        return (over_latent(values) if len(shape) == 4 else values).float()
 
+    def average(values: Tensor) -> Tensor:
+        # Not a matrix product, which autocast would do in half precision.
+        return (values * weights.float().unsqueeze(-1)).sum((0, 1)) / total
+
+    scale = of_units(log_scale.exp(), lambda values: values.mean(-1))
+    energy = of_units(mean.square(), lambda values: values.sum(-1))
     return {
-        "kl_per_unit": average(kl, lambda values: values.sum(-1)),
-        "scale": average(log_scale.exp(), lambda values: values.mean(-1)),
-        "mean_energy": average(mean.square(), lambda values: values.sum(-1)),
+        "kl_per_unit": average(of_units(kl, lambda values: values.sum(-1))),
+        "scale": average(scale),
+        "mean_energy": average(energy),
+        "scale_per_token": scale.mean(-1),
+        "mean_energy_per_token": energy.mean(-1),
     }

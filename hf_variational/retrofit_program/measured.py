@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from ..evaluation.domains import TokenScores, domain_auroc, scores_at_temperatures
+from ..evaluation import TokenScores, domain_auroc, scores_at_temperatures
 from ..evaluation.temperature import FittedTemperature, fit_temperature
 from .texts import RetrofitTexts
 

@@ -11,13 +11,15 @@ from sklearn.metrics import roc_auc_score
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from hf_variational.evaluation import StreamingEvaluation, evaluate_language_model, predictions
-from hf_variational.evaluation.domains import (
+from hf_variational.evaluation import (
     SCORE_NAMES,
+    StreamingEvaluation,
     auroc,
     domain_auroc,
     evaluate_domains,
+    evaluate_language_model,
     mean_over_domains,
+    predictions,
     scores_at_temperatures,
     token_scores,
     token_windows,
@@ -168,7 +170,7 @@ def test_bad_windows_are_named(tokenizer):
 def test_scores_of_the_mean_pass_against_brute_force():
     model, data = Bigram(), rows()
     scores = token_scores(model, data, 0, batch_size=5, progress=False)
-    assert set(scores.values) == {"predictive_entropy", "one_minus_confidence", "nll"}
+    assert set(scores.values) == {"predictive_entropy", "one_minus_confidence", "nll", "brier"}
     assert scores.num_windows == len(data)
     assert scores.windows.tolist() == [i for i, row in enumerate(data) for _ in row[1:]]
     log_p = torch.cat([model.table.detach()[torch.tensor(row[:-1])] for row in data]).double().log_softmax(-1)
@@ -248,7 +250,7 @@ def test_a_temperature_changes_the_predictive_distribution_and_nothing_else():
 def test_wrong_tokens_against_right_ones():
     scores = token_scores(Bigram(), rows(30), 3, progress=False)
     found = scores.error_auroc()
-    assert set(found) == set(SCORE_NAMES) - {"token_variance", "nll"}
+    assert set(found) == set(SCORE_NAMES) - {"token_variance", "nll", "brier"}
     for name, value in found.items():
         expected = roc_auc_score((~scores.correct).numpy(), scores.values[name].numpy())
         assert value == pytest.approx(expected, abs=1e-9)
@@ -278,7 +280,7 @@ def test_domains_against_brute_force():
 def test_only_what_both_have_is_compared():
     own = token_scores(Bigram(), rows(), 3, progress=False)
     other = token_scores(Bigram(), rows(seed=2), 0, progress=False)
-    assert set(domain_auroc(own, other)) == {"predictive_entropy", "one_minus_confidence", "nll"}
+    assert set(domain_auroc(own, other)) == {"predictive_entropy", "one_minus_confidence", "nll", "brier"}
     assert set(mean_over_domains({"a": {"x": 1.0, "y": 0.5}, "b": {"x": 0.0}})) == {"x"}
 
 
@@ -289,7 +291,7 @@ def test_of_a_real_model(tokenizer):
     own = token_windows("a b c d " * 20, tokenizer, 8, prefix=[0])
     others = {"other": token_windows("h i j " * 20, tokenizer, 8, prefix=[0])}
     assert evaluate_domains(model, own, own and {"itself": own}, progress=False)["itself"] == dict.fromkeys(
-        ("predictive_entropy", "one_minus_confidence", "nll"), 0.5
+        ("predictive_entropy", "one_minus_confidence", "nll", "brier"), 0.5
     )
     assert 0 <= evaluate_domains(model, own, others, progress=False)["other"]["nll"] <= 1
 
