@@ -99,6 +99,8 @@ def _load(name: str, trust_remote_code: bool, device: str | None, **options):
         text = " ".join(str(error).split()) or type(error).__name__
         if "trust_remote_code" in text and not trust_remote_code:
             fail(f"{name} brings its own code: add --trust-remote-code if you trust its author")
+        if "Unrecognized configuration class" in text:
+            fail(f"{name} is no causal language model: AutoModelForCausalLM has no class for it")
         fail(f"cannot load {name}: {text[:400]}; is it a complete checkpoint, with its tokenizer beside it?")
     return model.to(device).eval(), tokenizer, bool(getattr(model, "variational_layers", ()))
 
@@ -250,7 +252,7 @@ def retrofit(
                 progress=sys.stderr.isatty(),
             )
         except KeyboardInterrupt:
-            fail(f"interrupted; {output} has what was computed", INTERRUPTED)
+            fail(f"interrupted; {output} has what was computed" if output.is_dir() else "interrupted", INTERRUPTED)
 
 
 @app.command()

@@ -96,7 +96,8 @@ def stock_class(model) -> str | None:
 
 def unregistered_class(model) -> str | None:
     """Name of the stock class of a retrofit that the Auto classes do not know, so that it is loaded by that class."""
-    known = not is_retrofit(model) or model.config.model_type.startswith("variational_")
+    # of the class: a configuration that was read from a file keeps the file's `model_type`, that of the base model
+    known = not is_retrofit(model) or type(model.config).model_type.startswith("variational_")
     return None if known else model.stock_class.__name__
 
 

@@ -8,7 +8,7 @@ import os
 import tempfile
 from pathlib import Path
 
-__all__ = ["RESULTS", "TRAINING", "clear", "prepare", "write_results"]
+__all__ = ["RESULTS", "TRAINING", "check", "clear", "prepare", "write_results"]
 
 RESULTS, TRAINING = "results.json", "training"
 # Files of another checkpoint, which would be loaded together with or instead of the one that is written.
@@ -21,20 +21,28 @@ _REPLACED = (
 )
 
 
-def prepare(output: Path, base: str, overwrite: bool) -> None:
+def check(output: Path, base: str, overwrite: bool) -> None:
     """
-    Makes the folder, and sees that it can be written to.
+    Refuses a folder that something would be lost in; writes nothing.
 
     Raises:
         ValueError: for a file, a folder with something in it without `overwrite`, or the base model's own.
-        OSError: for one that cannot be written to.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output} is a file: give a folder to write to.")
     if output.is_dir() and Path(base).is_dir() and os.path.samefile(output, base):
         raise ValueError(f"{output} is the base model's own folder: write to another.")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise ValueError(f"{output} is not empty: give another folder, or overwrite what is there.")
+        raise ValueError(f"{output} is not empty: give another folder, or overwrite what is there (--overwrite).")
+
+
+def prepare(output: Path) -> None:
+    """
+    Makes the folder, and sees that it can be written to.
+
+    Raises:
+        OSError: if it cannot.
+    """
     output.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=output):
         pass

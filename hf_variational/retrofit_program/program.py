@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import sys
 import time
@@ -28,7 +29,7 @@ from ..training.retrofitting import calibrate, make_variational
 from ..training.settings import settings_of
 from . import report
 from .measured import Measured, measure
-from .output import RESULTS, TRAINING, clear, prepare, write_results
+from .output import RESULTS, TRAINING, check, clear, prepare, write_results
 from .texts import read_texts
 
 __all__ = ["run"]
@@ -78,6 +79,7 @@ def run(
         raise ValueError("A retrofit is measured with posterior samples: set eval_posterior_samples to 1 or more.")
     set_seed(seed)
     # before anything that takes time, for what is asked may not be possible
+    check(output, base, overwrite)
     name, parameters = type(model).__name__, model.num_parameters()
     model = make_variational(model, recipe.retrofit).eval()
     trains = recipe.retrofit.train != "none"
@@ -90,7 +92,7 @@ def run(
         others=others,
         seed=seed,
     )
-    prepare(output, base, overwrite)
+    prepare(output)
     say = partial(console.print, highlight=False, markup=False)
     say(f"{base}: {name}, {parameters:,} parameters. {_variational_text(model)}")
     say("", report.texts_table(texts))
@@ -103,7 +105,7 @@ def run(
         "class": name,
         "parameters": parameters,
         "recipe": recipe.to_dict(),
-        "texts": {part: len(getattr(texts, part)) for part in ("calibration", "training", "test")},
+        "texts": {part: len(getattr(texts, part)) for part in ("calibration", "training", "test", "windows")},
         "num_posterior_samples": samples,
         "seed": seed,
         "threads": torch.get_num_threads(),
@@ -126,8 +128,7 @@ def run(
         progress=progress,
     )
     results["fitted"] = _fitted(fitted)
-    if recipe.retrofit.eve is not None:
-        say(f"Calibrated: {report.fitted_text(fitted, recipe.retrofit.calibration.scale)}.")
+    say(f"Calibrated: {report.fitted_text(fitted, recipe.retrofit)}.")
     training = _train(model, arguments, texts.training, progress) if trains else None
     results["training"] = training
     write_results(output, results)
@@ -153,7 +154,7 @@ def run(
     what = "adapter" if recipe.retrofit.adapter else "checkpoint"
     say(
         f"\n{output}: the {what}, its tokenizer, its card (README.md) and every number ({RESULTS}). Try it:\n"
-        f'hf-variational generate {output} --prompt "Once upon a time"',
+        f'hf-variational generate {shlex.quote(str(output))} --prompt "Once upon a time"',
         soft_wrap=True,
     )
     return results
@@ -217,20 +218,26 @@ class _Bar(ProgressCallback):
 def _train(model, arguments: VariationalTrainingArguments, rows: list[dict], progress: bool) -> dict:
     """Trains what has a gradient; says what that took."""
     start = time.perf_counter()
-    trainer = VariationalTrainer(
-        model, arguments, train_dataset=rows, data_collator=default_data_collator, callbacks=[_Bar] if progress else []
-    )
+    trainer = VariationalTrainer(model, arguments, train_dataset=rows, data_collator=default_data_collator)
     for callback in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(callback)
+    if progress:
+        trainer.add_callback(_Bar)
     trainer.train()
     model.eval()
     return {
         "seconds": time.perf_counter() - start,
         "steps": trainer.state.global_step,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
-        "device": arguments.device.type,
+        "hardware": _hardware(arguments.device),
         "log": [entry for entry in trainer.state.log_history if "nll" in entry],
     }
+
+
+def _hardware(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def _show(console: Console, before: Measured, after: Measured, mean_pass, texts, samples: int) -> None:

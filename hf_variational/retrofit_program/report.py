@@ -11,7 +11,7 @@ from rich.text import Text
 from ..evaluation.domains import mean_over_domains
 from ..presentation.measures import format_value, measure
 from ..retrofit.scale import FittedScale
-from ..training.recipe import Recipe
+from ..training.recipe import Recipe, RetrofitRecipe
 from ..training.retrofitting import base_facts, card_recipe
 from .measured import Measured, Metrics
 from .texts import RetrofitTexts, targets
@@ -28,6 +28,8 @@ __all__ = [
 
 # The measures of other texts that are shown; results.json has all of them.
 _SHOWN = ("predictive_entropy", "expected_entropy", "mutual_information", "conditional_variance")
+# A mutual information below this share of the predictive entropy is said to be next to nothing.
+_DISAGREEMENT = 1e-3
 
 
 def texts_table(texts: RetrofitTexts) -> Table:
@@ -44,7 +46,7 @@ def texts_table(texts: RetrofitTexts) -> Table:
         if rows:
             table.add_row(label, Text(name), f"{len(rows):,}", f"{targets(rows):,}")
     for name, windows in texts.others.items():
-        table.add_row("another text", Text(name), f"{len(windows):,}", f"{sum(map(len, windows)):,}")
+        table.add_row("another text", Text(name), f"{len(windows):,}", f"{sum(len(row) - 1 for row in windows):,}")
     return table
 
 
@@ -56,16 +58,26 @@ def texts_note(texts: RetrofitTexts) -> str:
     return " ".join(notes)
 
 
-def fitted_text(fitted: FittedScale | None, scale: float) -> str:
+def fitted_text(fitted: FittedScale | None, retrofit: RetrofitRecipe) -> str:
     """The scales, in a sentence."""
-    start = f"each unit's noise is {format_value(scale)} of its standard deviation"
+    calibration = retrofit.calibration
+    starts = {}
+    if retrofit.eve is not None:
+        starts["ffn"] = f"each unit's noise is {format_value(calibration.scale)} of its standard deviation"
+    if retrofit.attention is not None:
+        starts["attention"] = "the noise of the attention weights is what it started with"
     if fitted is None:
-        return start
-    factors = list(fitted.multipliers.values())
-    span = format_value(min(factors))
-    if max(factors) > min(factors):
-        span += f" to {format_value(max(factors))}"
-    return f"{start}, times {span} (by layer, from {format_value(fitted.shared)} for all)"
+        return "; ".join(starts.values())
+    text = "; ".join(f"{start}, times {_span(fitted, site)}" for site, start in starts.items())
+    if calibration.tolerance is None:
+        return text
+    return f"{text}: as much as costs {100 * calibration.tolerance:g} % of the base's NLL"
+
+
+def _span(fitted: FittedScale, site: str) -> str:
+    factors = [factor for (_, here), factor in fitted.multipliers.items() if here == site]
+    ends = list(dict.fromkeys(map(format_value, (min(factors), max(factors)))))
+    return f"{' to '.join(ends)} (by layer)" if len(ends) > 1 else ends[0]
 
 
 def columns(base: Measured, after: Measured, mean_pass: Metrics | None, samples: int) -> tuple[dict, dict]:
@@ -90,6 +102,11 @@ def summary(base: Measured, after: Measured) -> list[str]:
         f"{format_value(ece)} times as large. With a temperature on both, its NLL is {_difference(tempered)} the "
         "base's."
     ]
+    if after.plain["mutual_information"] < _DISAGREEMENT * after.plain["predictive_entropy"]:
+        lines.append(
+            "The samples hardly disagree, for on the calibration data the model predicts best almost without noise. "
+            "--tolerance 0.01 raises it as far as it costs 1 % of the NLL."
+        )
     if after.others:
         rival = mean_over_domains(base.tempered_others)["predictive_entropy"]
         own = mean_over_domains(after.others)
@@ -156,8 +173,9 @@ def card_facts(
             f"calibrate on{f', {len(texts.training):,} to train on' if texts.training else ''}; "
             f"{len(texts.test):,} of {texts.held_out} to measure on. No sequence is in two parts."
         ),
-        "fitted": fitted_text(fitted, retrofit.calibration.scale) if retrofit.eve is not None else None,
+        "fitted": fitted_text(fitted, retrofit),
         "trained": trained or "nothing",
+        "hardware": training and training["hardware"],
         "seeds": [seed],
         "recipe": card_recipe(recipe),
     }
@@ -178,13 +196,12 @@ def card_metrics(
     metrics = {texts.held_out: {"others": others, "columns": own, "conditions": {**conditions, **temperature}}}
     if after.others:
         header, rows = others_rows(base, after)
-        length = len(texts.windows[0])
         metrics["Other texts"] = {
             "header": header,
             "rows": rows,
             "conditions": {
                 "area under the ROC curve of the mean of each measure over a window": "other texts against held-out",
-                "tokens of a window": length,
+                "predicted tokens of a window": len(texts.windows[0]) - 1,
                 **conditions,
             },
         }

@@ -87,8 +87,8 @@ def read_texts(
     if rows and not kept:
         raise ValueError(f"Every sequence of {name} is in {test_name} too: nothing is left to calibrate on.")
     count = min(calibration, len(kept) // 2 if trains else len(kept))
-    _check_length(name, kept[:count], data.block_size, "to calibrate on", trains)
-    _check_length(test_name, test_rows, data.block_size, "to measure on", trains)
+    _check_length(name, kept[:count], data.block_size, "to calibrate on")
+    _check_length(test_name, test_rows, data.block_size, "to measure on")
     return RetrofitTexts(
         calibration=kept[:count],
         training=kept[count:] if trains else [],
@@ -147,13 +147,12 @@ def _sequences(passages: list[str], tokenizer, length: int, limit: int | None) -
     return rows
 
 
-def _check_length(name: str, rows: Rows, length: int, purpose: str, trains: bool) -> None:
+def _check_length(name: str, rows: Rows, length: int, purpose: str) -> None:
     count = targets(rows)
     if count < length - 1:
         raise ValueError(
-            f"{name} is too short: {count} tokens {purpose}, after it was dealt out to calibrate on, "
-            f"{'to train on, ' if trains else ''}and to measure on, do not fill one sequence of {length}. Give more "
-            "text, a test text of its own, or shorter sequences."
+            f"{name} is too short: its {count} tokens {purpose} do not fill one sequence of {length}. Give more text, "
+            "a test text of its own, or shorter sequences."
         )
 
 

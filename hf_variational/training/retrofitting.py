@@ -38,7 +38,7 @@ def make_variational(model, recipe: RetrofitRecipe):
     The base model with the recipe's posteriors, not calibrated yet: the same model, or one of PEFT around it.
 
     Raises:
-        ValueError: as `variationalize`; for an adapter where peft is not installed.
+        ValueError: as `variationalize`; for a model that is not causal, and an adapter where peft is not installed.
     """
     options = {
         "layers": recipe.layers,
@@ -49,10 +49,29 @@ def make_variational(model, recipe: RetrofitRecipe):
     }
     eve = None if recipe.eve is None else EVEConfig(**{"prior": "centered", **recipe.eve})
     if recipe.adapter:
-        return _with_adapter(model, eve, options)
-    attention = None if recipe.attention is None else VariationalAttentionConfig(**recipe.attention)
-    train = "posterior" if recipe.train == "none" else recipe.train
-    return variationalize(model, eve=eve, attention=attention, train=train, **options)
+        model = _with_adapter(model, eve, options)
+    else:
+        attention = None if recipe.attention is None else VariationalAttentionConfig(**recipe.attention)
+        train = "posterior" if recipe.train == "none" else recipe.train
+        model = variationalize(model, eve=eve, attention=attention, train=train, **options)
+    _check_causal(model, recipe.model)
+    return model
+
+
+@torch.no_grad()
+def _check_causal(model, name: str) -> None:
+    """Refuses an encoder: some have the head of a language model, which sees the very token that it is to predict."""
+    training = model.training
+    model.eval()
+    first, second = model(torch.tensor([[1, 2], [1, 3]], device=model.device)).logits[:, 0].float()
+    model.train(training)
+    # rows of one batch may be rounded apart
+    rounding = torch.finfo(model.dtype).eps ** 0.5 * first.abs().max()
+    if (first - second).abs().max() > rounding:
+        raise ValueError(
+            f"{name} predicts a token from the tokens after it too: it is an encoder, and no causal language model. "
+            "Call `variationalize` on it with a head of its own, such as AutoModelForMaskedLM's."
+        )
 
 
 def _with_adapter(model, eve: EVEConfig, options: dict):
