@@ -10,6 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from .calibration import ReliabilityCurve, check_num_bins, curve_of_sums, width_bins
+from .likelihood import conditional_value_at_risk
+
 IGNORED_LABEL = -100
 MEASURE_NAMES = (
     "predictive_entropy",
@@ -30,29 +33,6 @@ METRIC_NAMES = (
 )
 # Entries of a float32 block of logits (16 MiB): small beside any model, large enough that the loop costs nothing.
 _BLOCK_ENTRIES = 2**22
-
-
-def conditional_value_at_risk(values: Tensor, fraction: float = 0.05) -> float:
-    """
-    Mean of the largest `fraction` of the values: CVaR_f = (1 / f·n) · Σ of the largest f·n values.
-
-    Where f·n is not whole, the value at the edge counts with the part of it that is left (Rockafellar and Uryasev
-    2000, for an empirical distribution), so the number moves smoothly with n.
-    """
-    if not 0.0 < fraction <= 1.0:
-        raise ValueError(f"The fraction of the tail is a number in (0, 1], got {fraction}.")
-    values = values.reshape(-1)
-    if values.numel() == 0:
-        raise ValueError("The mean of a tail needs at least one value, got none.")
-    mass = fraction * values.numel()
-    # 0.05 * 140 is 7.000000000000001: a mass that is whole up to rounding is whole
-    mass = round(mass) if abs(mass - round(mass)) < 1e-6 else mass
-    whole = int(mass)
-    largest = values.double().topk(min(whole + 1, values.numel())).values
-    total = largest[:whole].sum()
-    if mass > whole:
-        total = total + (mass - whole) * largest[whole]
-    return float(total / mass)
 
 
 def _shifted(labels: Tensor) -> Tensor:
@@ -100,8 +80,7 @@ class StreamingEvaluation:
     """
 
     def __init__(self, num_bins: int = 15, cvar_fraction: float = 0.05):
-        if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
-            raise ValueError(f"`num_bins` is a whole number of at least 1, got {num_bins!r}.")
+        check_num_bins(num_bins)
         if not 0.0 < cvar_fraction <= 1.0:
             raise ValueError(f"`cvar_fraction` is a number in (0, 1], got {cvar_fraction!r}.")
         self.num_bins = num_bins
@@ -169,8 +148,7 @@ class StreamingEvaluation:
     def _add_predictions(self, nll: Tensor, confidence: Tensor, correct: Tensor) -> None:
         self._token_nll.append(nll.float())
         self._correct += correct.sum()
-        edges = torch.linspace(0, 1, self.num_bins + 1, dtype=torch.float64)[1:-1]
-        bins = torch.bucketize(confidence, edges)
+        bins = width_bins(confidence, self.num_bins)
         self._bin_count.index_add_(0, bins, torch.ones_like(confidence))
         self._bin_confidence.index_add_(0, bins, confidence)
         self._bin_correct.index_add_(0, bins, correct)
@@ -188,12 +166,11 @@ class StreamingEvaluation:
         self._token_nll = [token_nll]
         count = token_nll.numel()
         nll = token_nll.double().mean()
-        gap = (self._bin_confidence - self._bin_correct).abs().sum() / count
         metrics = {
             "nll": float(nll),
             "perplexity": float(nll.exp()),
             "accuracy": float(self._correct / count),
-            "expected_calibration_error": float(gap),
+            "expected_calibration_error": self.reliability().expected_error,
             "cvar_nll": math.nan if nll.isnan() else conditional_value_at_risk(token_nll, self.cvar_fraction),
         }
         for index, name in enumerate(MEASURE_NAMES):
@@ -202,9 +179,9 @@ class StreamingEvaluation:
         metrics["num_tokens"] = count
         return metrics
 
-    def reliability(self) -> tuple[Tensor, Tensor, Tensor]:
+    def reliability(self) -> ReliabilityCurve:
         """Mean confidence, accuracy and count of every bin; an empty bin's first two are nan."""
-        return self._bin_confidence / self._bin_count, self._bin_correct / self._bin_count, self._bin_count.long()
+        return curve_of_sums(self._bin_confidence, self._bin_correct, self._bin_count)
 
     def merge(self, other: "StreamingEvaluation") -> "StreamingEvaluation":
         """Adds what another one has seen, in place."""

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .calibration import ClasswiseCalibration, brier
 from .predictions import INTERNAL_NAMES, Predictions, each_prediction
 from .ranking import auroc
 from .streaming import MEASURE_NAMES, StreamingEvaluation
@@ -115,6 +116,7 @@ def token_scores(
     *,
     temperature: float = 1.0,
     internal: bool = False,
+    classwise: ClasswiseCalibration | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> TokenScores:
@@ -131,6 +133,9 @@ def token_scores(
             Whether to add the statistics of the posteriors: `kl`, and `scale` and `mean_energy` where every
             feed-forward layer has them per token (mixtures of experts do not). Those of the posteriors *given this
             input*; not uncertainty of the prediction.
+        classwise ([`ClasswiseCalibration`], *optional*):
+            Is updated with every prediction: what it measures takes the whole distribution, which the table does not
+            keep.
         seed (`int`, defaults to 0): Seeds the posterior noise.
         progress (`bool`, defaults to `True`): Whether to show a progress bar.
 
@@ -145,6 +150,7 @@ def token_scores(
         num_posterior_samples,
         batch_size,
         internal=internal,
+        classwise=None if classwise is None else [classwise],
         seed=seed,
         progress=progress,
     )[0]
@@ -158,18 +164,25 @@ def scores_at_temperatures(
     batch_size: int = 32,
     *,
     internal: bool = False,
+    classwise: Sequence[ClasswiseCalibration] | None = None,
     seed: int = 0,
     progress: bool = True,
 ) -> list[TokenScores]:
-    """[`token_scores`] at each of several temperatures, from one pass over the data."""
+    """[`token_scores`] at each of several temperatures, from one pass over the data; `classwise` has an accumulator
+    for each.
+    """
     temperatures = [check_temperature(temperature) for temperature in temperatures]
+    if classwise is not None and len(classwise) != len(temperatures):
+        raise ValueError(f"`classwise` has {len(classwise)} accumulators for {len(temperatures)} temperatures.")
+    accumulators = [None] * len(temperatures) if classwise is None else list(classwise)
     parts: list[list[dict[str, Tensor]]] = [[] for _ in temperatures]
 
     def visit(block: Predictions) -> None:
         shared = {"windows": block.sequences, "targets": block.targets, "positions": block.positions}
         shared = {name: column.cpu() for name, column in {**shared, **block.internal}.items()}
-        for temperature, part in zip(temperatures, parts, strict=True):
-            part.append({**shared, **{name: column.cpu() for name, column in _scores(block, temperature).items()}})
+        for temperature, accumulator, part in zip(temperatures, accumulators, parts, strict=True):
+            own = _scores(block, temperature, accumulator)
+            part.append({**shared, **{name: column.cpu() for name, column in own.items()}})
 
     count = each_prediction(
         model,
@@ -192,16 +205,17 @@ def _table(parts: list[dict[str, Tensor]], num_windows: int) -> TokenScores:
     return TokenScores(values=values, num_windows=num_windows, **columns)
 
 
-def _scores(block: Predictions, temperature: float) -> dict[str, Tensor]:
+def _scores(block: Predictions, temperature: float, classwise: ClasswiseCalibration | None) -> dict[str, Tensor]:
     log_p = block.log_probabilities if temperature == 1 else temper(block.log_probabilities, temperature)
     largest, predicted = log_p.max(-1)
-    nll = -log_p.gather(-1, block.targets[:, None]).squeeze(-1)
     p = log_p.exp()
+    if classwise is not None:
+        classwise.update(p, block.targets)
     scores = {
         **block.measures,
         "one_minus_confidence": -torch.expm1(largest),
-        "nll": nll,
-        "brier": (torch.linalg.vecdot(p, p) - 2 * (-nll).exp() + 1).clamp(min=0),
+        "nll": -log_p.gather(-1, block.targets[:, None]).squeeze(-1),
+        "brier": brier(p, block.targets),
         "correct": predicted == block.targets,
     }
     if temperature != 1 or "predictive_entropy" not in scores:

@@ -1,0 +1,27 @@
+"""Excess area under the risk-coverage curve over that of the oracle; 0 is best.
+
+`predictions` is an uncertainty, higher is less certain; `references` is the loss, 0 or 1 for an error or a real
+number such as the NLL.
+"""
+
+import evaluate
+
+from hf_variational.evaluation import ranking
+from hf_variational.evaluation.metrics import inputs
+
+_CITATION = """\
+@inproceedings{geifman2019bias,
+  title={Bias-Reduced Uncertainty Estimation for Deep Neural Classifiers},
+  author={Geifman, Yonatan and Uziel, Guy and El-Yaniv, Ran},
+  booktitle={International Conference on Learning Representations},
+  year={2019}
+}
+"""
+
+
+class ExcessAurc(evaluate.Metric):
+    def _info(self):
+        return inputs.module_info(__doc__, inputs.PAIRS, _CITATION)
+
+    def _compute(self, predictions, references):
+        return {"excess_aurc": ranking.excess_aurc(predictions, references)}
