@@ -14,7 +14,8 @@ from ..modeling.eve import EVE
 from ..modeling.heads import NonReentrantMixin, check_samples_for
 from ..modeling.objective import IGNORE_INDEX, posterior_penalties
 from ..modeling.posterior import check_complete
-from ..modeling.predictive import log_mean_probability, predictive_measures, widen
+from ..modeling.predictive import widen
+from ..modeling.readout import read_out
 from ..modeling.sample_axis import repeat_rows
 from .attention import IMPLEMENTATIONS
 from .axes import TARGETS, Pass, pass_of, shifts_labels
@@ -187,45 +188,55 @@ class VariationalMixin(NonReentrantMixin):
 
     def _join(self, outputs, passed: Pass, ours: dict) -> None:
         names = [name for name in _SCORED if outputs.get(name) is not None]
-        for name in ("output_uncertainty", "output_sample_logits"):
-            if ours[name] and "logits" not in names:
+        asked = {name: ours[name] for name in ("output_uncertainty", "output_sample_logits")}
+        for name, wanted in asked.items():
+            if wanted and "logits" not in names:
                 raise ValueError(f"{name}=True is about the logits, which {type(self).__name__} does not answer with.")
+        problem = self._problem()
         for name in names:
-            sampled = outputs[name]
-            if name == "logits":
-                self._measure(outputs, sampled, passed, ours)
-            outputs[name] = self._joined(sampled, passed.main)
+            if problem == "single_label_classification":
+                self._join_categorical(outputs, name, passed, asked if name == "logits" else {})
+            else:
+                self._join_numbers(outputs, name, passed.main.batch, problem, asked)
 
-    def _joined(self, sampled: Tensor, axis) -> Tensor:
-        kind = self._problem()
-        if kind == "single_label_classification":
-            return log_mean_probability(sampled, axis.num_samples)
-        sampled = widen(sampled).unflatten(0, (axis.batch, -1))
-        return sampled.mean(1) if kind == "regression" else log_odds_of_mean(sampled)
+    def _join_categorical(self, outputs, name: str, passed: Pass, asked: dict) -> None:
+        sampled = outputs[name]
+        per_position = sampled.ndim == 3
+        observed = passed.observed
+        if observed is not None:
+            observed = observed[:, -sampled.shape[1] :]
+        readout = read_out(
+            sampled if per_position else sampled.unsqueeze(1),
+            _as_it_is,
+            passed.main.num_samples,
+            sampled.shape[-1],
+            self.settings.objective,
+            observed=observed,
+            **asked,
+        )
+        outputs[name] = readout.logits if per_position else readout.logits.squeeze(1)
+        if readout.uncertainty is not None:
+            measures = readout.uncertainty
+            outputs["uncertainty"] = measures if per_position else measures.map(lambda value: value.squeeze(1))
+        if readout.sample_logits is not None:
+            samples = readout.sample_logits
+            outputs["sample_logits"] = samples if per_position else samples.squeeze(2)
+
+    def _join_numbers(self, outputs, name: str, batch: int, problem: str, asked: dict) -> None:
+        if asked["output_uncertainty"]:
+            raise ValueError(
+                f"output_uncertainty measures a distribution over classes, and problem_type is {problem!r}: use "
+                "output_sample_logits=True and the spread of the samples."
+            )
+        samples = widen(outputs[name]).unflatten(0, (batch, -1))
+        outputs[name] = samples.mean(1) if problem == "regression" else log_odds_of_mean(samples)
+        if name == "logits" and asked["output_sample_logits"]:
+            outputs["sample_logits"] = samples
 
     def _problem(self) -> str:
         if not type(self).__name__.endswith(("ForSequenceClassification", "ForImageClassification")):
             return "single_label_classification"
         return problem_type_of(self.config)
-
-    def _measure(self, outputs, sampled: Tensor, passed: Pass, ours: dict) -> None:
-        axis = passed.main
-        if ours["output_uncertainty"]:
-            if self._problem() != "single_label_classification":
-                raise ValueError(
-                    "output_uncertainty measures a distribution over classes, and problem_type is "
-                    f"{self._problem()!r}: use output_sample_logits=True and the spread of the samples."
-                )
-            observed = passed.observed
-            if observed is not None:
-                observed = observed[:, -sampled.shape[1] :]
-            flat = sampled.unsqueeze(1) if sampled.ndim == 2 else sampled
-            measures = predictive_measures(flat, axis.num_samples, observed)
-            outputs["uncertainty"] = measures if sampled.ndim == 3 else measures.map(lambda value: value.squeeze(1))
-        if ours["output_sample_logits"]:
-            logits = widen(sampled).unflatten(0, (axis.batch, -1))
-            categorical = self._problem() == "single_label_classification"
-            outputs["sample_logits"] = torch.log_softmax(logits, -1) if categorical else logits
 
     def _predictive_nll(self, outputs, passed: Pass) -> Tensor:
         """The NLL of the predictive distribution per target, nats, 0-dim."""
@@ -263,6 +274,10 @@ class VariationalMixin(NonReentrantMixin):
                     for record in records
                     if record.site == site
                 }
+
+
+def _as_it_is(logits: Tensor) -> Tensor:
+    return logits
 
 
 def _refuse_kernel(implementation: str) -> None:

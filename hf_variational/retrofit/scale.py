@@ -256,8 +256,10 @@ class _Search:
         torch.manual_seed(self.seed + 1000 * index)
         logits = self.model(**inputs, num_posterior_samples=num_samples).logits
         flat = targets.reshape(-1).to(logits.device)
-        log_p = torch.log_softmax(logits.reshape(len(flat), -1).float(), -1)
-        return F.nll_loss(log_p, flat, ignore_index=IGNORE_INDEX, reduction="sum")
+        logits = logits.reshape(len(flat), -1).float()
+        # Of samples it is log p̄ already.
+        loss = F.nll_loss if num_samples else F.cross_entropy
+        return loss(logits, flat, ignore_index=IGNORE_INDEX, reduction="sum")
 
     @torch.no_grad()
     def nll(self, num_samples: int) -> float:
