@@ -1,6 +1,6 @@
 """Run by test_retrofit_distributed.py under torchrun: one backward pass of a retrofit, by itself or shared by two.
 
-Usage: two_retrofits.py OUTPUT alone|ddp|fsdp2
+Usage: two_retrofits.py OUTPUT alone|ddp|fsdp2 float32|bfloat16
 """
 
 import os
@@ -13,13 +13,14 @@ import transformers as hf
 from hf_variational import EVEConfig, posterior_noise, variationalize
 
 
-def tiny() -> hf.PreTrainedModel:
+def tiny(dtype: torch.dtype) -> hf.PreTrainedModel:
     torch.manual_seed(0)
     config = hf.LlamaConfig(
         vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
         initializer_range=0.25, pad_token_id=0,
     )  # fmt: skip
-    model = variationalize(hf.LlamaForCausalLM(config), eve=EVEConfig(prior="empirical"), layers=[1, 2], kl_weight=0.1)
+    base = hf.LlamaForCausalLM(config).to(dtype)
+    model = variationalize(base, eve=EVEConfig(prior="empirical"), layers=[1, 2], kl_weight=0.1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -34,12 +35,12 @@ def noise(request):
     return table[request.positions].repeat_interleave(request.num_samples, dim=0)
 
 
-def main(output: str, how: str) -> None:
+def main(output: str, how: str, dtype: str) -> None:
     rank, world = 0, 1
     if how != "alone":
         dist.init_process_group("gloo")
         rank, world = dist.get_rank(), dist.get_world_size()
-    model = inner = tiny()
+    model = inner = tiny(getattr(torch, dtype))
     if how == "ddp":
         model = torch.nn.parallel.DistributedDataParallel(model)
     elif how == "fsdp2":
