@@ -6,7 +6,9 @@
 The training text is cut into windows; a seed deals them into calibration data (for the prior, the scales and every
 temperature) and training data, and seeds all noise. Four models are measured on the held-out text: the base; the base
 with every unit's noise scaled by `fit_scale`; that one after its posterior alone was trained; and each of them with a
-temperature on its predictive distribution. A window of a few tokens of another text, each a sequence of its own,
+temperature on its predictive distribution. The control says what training alone is worth: LoRA without noise on the
+same projections, with about as many parameters, the same steps on the same text, and the best of several learning
+rates on the first seed's calibration data. A window of a few tokens of another text, each a sequence of its own,
 should score higher than one of the held-out text. Files are .txt or .jsonl, plain or as .xz, .gz or .bz2.
 """
 
@@ -19,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from report import machine
 from retrofit_tables import MODELS, TEMPERED, markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -27,8 +30,9 @@ from transformers.utils import logging
 
 from hf_variational import EVEConfig, calibrate_prior, fit_scale, variationalize
 from hf_variational.demo.texts import read_text
-from hf_variational.evaluation import domain_auroc, scores_at_temperatures, token_windows
+from hf_variational.evaluation import domain_auroc, evaluate_language_model, scores_at_temperatures, token_windows
 from hf_variational.evaluation.temperature import fit_temperature
+from hf_variational.retrofit.families import find_projections
 from hf_variational.training import VariationalTrainer, VariationalTrainingArguments
 
 PIECE = 2**16
@@ -90,7 +94,7 @@ def dealt(windows: list[list[int]], count: int, seed: int) -> tuple[list[dict], 
     return rows_of([windows[i] for i in order[:count]]), rows_of([windows[i] for i in order[count:]])
 
 
-def train_posterior(model, rows: list[dict], options, seed: int) -> dict:
+def train(model, rows: list[dict], options, seed: int, learning_rate: float) -> dict:
     """Trains what requires a gradient; says what that took."""
     clock = _Clock(60 * options.minutes)
     with tempfile.TemporaryDirectory() as folder:
@@ -98,7 +102,7 @@ def train_posterior(model, rows: list[dict], options, seed: int) -> dict:
             output_dir=folder,
             max_steps=options.steps,
             per_device_train_batch_size=options.batch_size,
-            learning_rate=options.learning_rate,
+            learning_rate=learning_rate,
             weight_decay=0.0,
             warmup_steps=min(20, options.steps // 10),
             lr_scheduler_type="cosine",
@@ -121,6 +125,37 @@ def train_posterior(model, rows: list[dict], options, seed: int) -> dict:
         "stopped_by_the_clock": clock.stopped,
         "parameters": sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
     }
+
+
+def without_noise(base, rows: list[dict], options, seed: int, learning_rate: float):
+    """The control, and what its training took."""
+    torch.manual_seed(seed)
+    projections = sorted({name.rsplit(".", 1)[-1] for name in projection_names(base)})
+    model = get_peft_model(
+        copy.deepcopy(base),
+        LoraConfig(r=options.control_rank, lora_alpha=options.control_rank, target_modules=projections),
+    )
+    took = train(model, rows, options, seed, learning_rate)
+    return model.merge_and_unload().eval(), {**took, "learning_rate": learning_rate}
+
+
+def projection_names(model) -> list[str]:
+    """Full names of the modules that EVE stands beside."""
+    found = {id(projection) for projection in find_projections(model, None).values()}
+    return [name for name, module in model.named_modules() if id(module) in found]
+
+
+def control_learning_rate(base, windows: list[list[int]], options) -> float:
+    """The learning rate whose control has the lowest NLL on the calibration data of the first seed."""
+    seed = options.seeds[0]
+    calibration, training = dealt(windows, options.calibration, seed)
+
+    def calibration_nll(learning_rate: float) -> float:
+        model, _ = without_noise(base, training, options, seed, learning_rate)
+        result = evaluate_language_model(model, calibration, 0, options.eval_batch_size, progress=False)
+        return result["mean_pass"]["nll"]
+
+    return min(options.control_learning_rates, key=calibration_nll)
 
 
 def measure(model, calibration: list[dict], texts: dict, options, seed: int) -> dict[str, dict]:
@@ -158,7 +193,7 @@ def measure(model, calibration: list[dict], texts: dict, options, seed: int) -> 
     return result
 
 
-def run_seed(base, windows: list[list[int]], texts: dict, options, seed: int) -> dict:
+def run_seed(base, windows: list[list[int]], texts: dict, options, seed: int, control_rate: float) -> dict:
     """Every row of the tables for one seed."""
     calibration, training = dealt(windows, options.calibration, seed)
     rows, seconds = {}, {}
@@ -197,9 +232,11 @@ def run_seed(base, windows: list[list[int]], texts: dict, options, seed: int) ->
     )
     seconds["fit_scale"] = time.perf_counter() - started
     add("fit_scale", model)
-    trained = train_posterior(model, training, options, seed)
+    trained = train(model, training, options, seed, options.learning_rate)
     add("trained", model)
-    return {"seed": seed, "rows": rows, "seconds": seconds, "training": trained}
+    model, control = without_noise(base, training, options, seed, control_rate)
+    add("control", model)
+    return {"seed": seed, "rows": rows, "seconds": seconds, "training": trained, "control": control}
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -234,6 +271,8 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--kl-weight", type=float, default=1e-4)
     parser.add_argument("--objective", default="mc_nll", choices=("elbo", "mc_nll"))
     parser.add_argument("--train-samples", type=int, default=4)
+    parser.add_argument("--control-rank", type=int, default=12, help="of the LoRA that is trained without noise")
+    parser.add_argument("--control-learning-rates", type=float, nargs="+", default=[2e-3, 5e-3, 1e-2])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", help="a file for the tables, as Markdown")
     parser.add_argument("--json", help="a file that keeps every number; seeds that it holds are not run again")
@@ -282,6 +321,8 @@ def main(argv: list[str] | None = None) -> dict:
             "texts": "one line break for several, ASCII quotes and dashes" if options.plain_text else "as they are",
             "posterior samples": options.samples,
             "recipe": ", ".join(f"{name} {getattr(options, name)}" for name in (*recipe, "train_samples")),
+            "control": f"LoRA of rank {options.control_rank}, learning rates "
+            + ", ".join(map(str, options.control_learning_rates)),
             "seeds": ", ".join(map(str, options.seeds)),
         },
         "low_entropy": options.low_entropy,
@@ -294,9 +335,12 @@ def main(argv: list[str] | None = None) -> dict:
         if before["conditions"] | {"seeds": ""} != result["conditions"] | {"seeds": ""}:
             parser.error(f"--json {kept} holds other conditions: name another file")
         result["seeds"] = [seed for seed in before["seeds"] if seed["seed"] in options.seeds]
-    for seed in options.seeds:
-        if all(done["seed"] != seed for done in result["seeds"]):
-            result["seeds"].append(run_seed(base, windows, texts, options, seed))
+    missing = [seed for seed in options.seeds if all(done["seed"] != seed for done in result["seeds"])]
+    if missing:
+        done = result["seeds"]
+        rate = done[0]["control"]["learning_rate"] if done else control_learning_rate(base, windows, options)
+        for seed in missing:
+            result["seeds"].append(run_seed(base, windows, texts, options, seed, rate))
             if kept is not None:
                 kept.write_text(json.dumps(result, indent=1))
     tables = markdown(result)

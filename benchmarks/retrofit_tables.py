@@ -4,7 +4,12 @@ import statistics
 
 from hf_variational.evaluation.domains import mean_over_domains
 
-MODELS = {"base": "base", "fit_scale": "fit_scale, no training", "trained": "posterior trained"}
+MODELS = {
+    "base": "base",
+    "fit_scale": "fit_scale, no training",
+    "trained": "posterior trained",
+    "control": "LoRA trained, no noise",
+}
 TEMPERED = ", temperature"
 # What a temperature changes among the scores of a window; the other measures are those of the samples.
 MOVED = ("predictive_entropy", "one_minus_confidence", "nll")
@@ -91,13 +96,14 @@ def targets_table(seeds: list[dict], low_entropy: str | None) -> str:
     candidates = {
         (row, measure): statistics.mean(mean_auroc(seeds, row, measure))
         for row in seeds[0]["rows"]
-        if not row.startswith("base")
+        if not row.startswith(("base", "control"))
         for measure in next(iter(seeds[0]["rows"][row]["domains"].values()))
         if measure not in OBSERVED
     }
     best = max(candidates, key=candidates.get)
     right = {
-        row: statistics.mean(seed["rows"][row]["wrong"]["predictive_entropy"] for seed in seeds) for row in MODELS
+        row: statistics.mean(seed["rows"][row]["wrong"]["predictive_entropy"] for seed in seeds)
+        for row in ("base", "fit_scale", "trained")
     }
     checks = [
         ("fit_scale, NLL against the base", mean("fit_scale", "nll") / mean("base", "nll") - 1, -0.003, "{:+.2%}"),
@@ -146,6 +152,11 @@ def markdown(result: dict) -> str:
     conditions += "\n- seconds: " + ", ".join(f"{name} {value}" for name, value in took.items())
     conditions += f"\n- parameters trained: {seeds[0]['training']['parameters']:,}, steps {', '.join(map(str, steps))}"
     conditions += " (stopped by the clock)" if stopped else ""
+    control = [seed["control"] for seed in seeds]
+    conditions += (
+        f"\n- control: {control[0]['parameters']:,} parameters, learning rate {control[0]['learning_rate']:g}, steps "
+        f"{control[0]['steps']}, seconds {over_seeds([run['seconds'] for run in control], 0)}"
+    )
     machine_line = ", ".join(f"{name} {value}" for name, value in result["machine"].items() if value is not None)
     window = result["conditions"]["window of another text"]
     parts = [

@@ -55,6 +55,7 @@ def options(files):
         "batch-size": 2,
         "train-samples": 2,
         "rank": 2,
+        "control-rank": 2,
         "output": files / "tables.md",
         "json": files / "numbers.json",
     }
@@ -66,16 +67,19 @@ def test_from_files_to_tables(load, files, options, capsys):
     script = load("retrofit_on_pretrained")
     result = script.main([*options, "--seeds", "0"])
     (seed,) = result["seeds"]
-    models = ("base", "fit_scale", "trained")
+    models = ("base", "fit_scale", "trained", "control")
     assert set(seed["rows"]) == {name + suffix for name in models for suffix in ("", ", temperature")}
     for name, row in seed["rows"].items():
         assert 0 < row["nll"] < math.log(300) + 0.5 and 0 <= row["ece"] <= 1
         assert set(row["domains"]) == {"code", "law"} and 0 <= row["domains"]["law"]["predictive_entropy"] <= 1
-        assert ("mutual_information" in row["domains"]["code"]) is not name.startswith("base")
+        assert ("mutual_information" in row["domains"]["code"]) is not name.startswith(("base", "control"))
         assert (row["temperature"] == 1) is not name.endswith("temperature")
     plain, tempered = (seed["rows"]["trained" + suffix] for suffix in ("", ", temperature"))
     assert plain["domains"]["code"]["mutual_information"] == tempered["domains"]["code"]["mutual_information"]
     assert seed["training"]["steps"] == 2 and seed["training"]["parameters"] == 2 * (24 + 2 * 2 * 24)
+    assert seed["control"]["steps"] == 2 and seed["control"]["parameters"] == 2 * 2 * (24 + 16)
+    assert seed["control"]["learning_rate"] in (2e-3, 5e-3, 1e-2)
+    assert seed["rows"]["control"]["nll"] != seed["rows"]["base"]["nll"]
     tables = (files / "tables.md").read_text()
     assert tables in capsys.readouterr().out
     assert "| base, temperature |" in tables and "| code | law | mean |" in tables and "| met |" in tables
