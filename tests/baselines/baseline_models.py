@@ -105,7 +105,7 @@ def mean_probability(logits: list[Tensor]) -> Tensor:
 
 @torch.no_grad()
 def greedy_by_hand(log_p, inputs: dict[str, Tensor], steps: int) -> tuple[Tensor, Tensor]:
-    """Greedy tokens of `log_p(inputs)`, [batch, length, vocab], without a cache, and the rows they were chosen from."""
+    """Greedy tokens of `log_p(inputs)` [batch, length, vocab], without a cache, and what they were chosen from."""
     inputs, chosen_from = copy.copy(inputs), []
     for _ in range(steps):
         chosen_from.append(log_p(with_positions(inputs))[:, -1])

@@ -126,7 +126,7 @@ def test_fewer_samples_are_the_first_members_and_more_are_refused():
     with pytest.raises(ValueError, match="num_posterior_samples=4, but this ensemble has 3 members"):
         model(**given(), num_posterior_samples=4)
     with pytest.raises(ValueError, match="num_posterior_samples=4, but this ensemble has 3 members"):
-        model.generate(**given(), num_posterior_samples=4)
+        model.generate(**given(), max_new_tokens=2, num_posterior_samples=4)
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "tied", "mixed"])
