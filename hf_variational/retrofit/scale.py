@@ -65,7 +65,7 @@ def fit_scale(
     max_sequences: int = 64,
     max_length: int | None = None,
     batch_size: int = 8,
-    epochs: int = 2,
+    epochs: int = 1,
     learning_rate: float = 0.2,
     seed: int = 0,
     progress: bool = True,

@@ -1,6 +1,8 @@
 """The benchmarks run at toy size and say what they promise to say; what they measure there means nothing."""
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -22,6 +24,28 @@ def test_times(load, script, baseline, capsys):
     if result["machine"]["accelerator"] is None:
         assert "not measured" in printed
         assert all(row["accelerator"] is None for row in rows.values())
+
+
+def test_costs_of_a_retrofit(load, capsys):
+    result = load("retrofit_cost").main(["--tiny", "--rounds", "1"])
+    printed = capsys.readouterr().out
+    assert "stock model, plain greedy" in printed and "GPT-2: parameters, all layers" in printed
+    rows, sizes = result["rows"], result["sizes"]
+    for name in ("GPT-2, batch 1: 8 samples, last quarter", "GPT-2: mean pass over a text, all layers"):
+        assert rows[name]["cpu"]["wall_ratio"] > 0
+    # 4 layers of 128 units: rank 8 twice and the log-scale
+    assert sizes["parameters added, all layers"] == 4 * 128 * (8 + 8 + 1)
+    assert sizes["adapter of the last quarter, bytes"] > 4 * 128 * (8 + 8 + 1)
+
+
+def test_make_bench_names_every_script_that_needs_no_file(load):
+    root = Path(__file__).parents[2]
+    named = re.search(r"^BENCHMARKS := (.*)$", (root / "Makefile").read_text(), re.MULTILINE)[1].split()
+    scripts = {path.stem for path in (root / "benchmarks").glob("*.py") if "__main__" in path.read_text()}
+    # they read a model, or find the coefficients that the samplers are built on
+    others = {"retrofit_on_pretrained", "attention_on_pretrained", "approximate_dirichlet"}
+    others |= {"fit_gamma_sensitivity", "fit_stirling_remainder"}
+    assert set(named) | others == scripts and not set(named) & others
 
 
 def test_json(load, capsys):
