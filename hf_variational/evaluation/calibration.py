@@ -128,7 +128,7 @@ def rank_calibration_error(uncertainty, loss, num_bins: int = 20) -> float:
 
     def rank(values: Tensor) -> Tensor:
         """P(value of another bin ≤ a bin's own)."""
-        return ((values[None, :] <= values[:, None]).sum(-1) - 1) / others
+        return ((values[None, :] <= values[:, None]).sum(-1).double() - 1) / others
 
     gaps = (rank(means.accuracy[filled]) - rank(means.confidence[filled])).abs()
     return float((gaps * means.count[filled]).sum() / means.count.sum())
@@ -226,8 +226,8 @@ def mass_bins(values: Tensor, num_bins: int) -> Tensor:
     by the mean of their ranks.
     """
     _, place, counts = values.unique(return_inverse=True, return_counts=True)
-    middle = counts.cumsum(0) - counts / 2
-    return (num_bins * middle.double() / values.numel()).long()[place]
+    middle = counts.cumsum(0) - counts.double() / 2
+    return (num_bins * middle / values.numel()).long()[place]
 
 
 _BINNINGS = {"width": width_bins, "mass": mass_bins}

@@ -48,6 +48,22 @@ def _batches(data, batch_size: int, pad_token_id: int, accelerator) -> Iterable[
     )
 
 
+def _take_labels(batch: dict[str, Tensor]) -> Tensor:
+    """Takes the labels out of a batch, or makes them; what would be predicted from padding has none."""
+    labels = batch.pop("labels", None)
+    attended = batch.get("attention_mask")
+    attended = None if attended is None or attended.dim() != 2 else attended.ne(0)
+    if labels is None:
+        labels = batch["input_ids"]
+        if attended is not None:
+            labels = labels.masked_fill(~attended, IGNORED_LABEL)
+    if attended is None:
+        return labels
+    # Of a sequence that is padded on the left the first token follows a position that saw nothing.
+    from_padding = torch.nn.functional.pad(~attended[:, :-1], (1, 0), value=False)
+    return labels.masked_fill(from_padding, IGNORED_LABEL)
+
+
 @contextlib.contextmanager
 def _evaluating(model, keep_generator: bool, device: torch.device):
     training = {module: module.training for module in model.modules()}
@@ -83,6 +99,7 @@ def evaluate_language_model(
         data (`DataLoader`, dataset or list):
             Batches of `input_ids` [, `attention_mask`, `position_ids`, `labels`]; or a dataset of such rows or of bare
             token ids, which is then batched here and padded on the right. Without labels every attended token is one.
+            Nothing is scored that a padded position predicts, so the side of the padding does not matter.
         num_posterior_samples (`int`, defaults to 8): Posterior samples of the predictive distribution.
         batch_size (`int`, defaults to 8): Rows of a batch, when `data` is a dataset.
         max_batches (`int`, *optional*): Stops after so many batches, and says so in the log and the conditions.
@@ -142,11 +159,7 @@ def evaluate_language_model(
                 complete = False
                 break
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            labels = batch.pop("labels", None)
-            if labels is None:
-                labels = batch["input_ids"]
-                if "attention_mask" in batch:
-                    labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
+            labels = _take_labels(batch)
             if accelerator is not None and hasattr(data, "end_of_dataloader"):
                 labels = mask_repeated_rows(labels, accelerator)
             extra = {"num_posterior_samples": 0} if variational else {}

@@ -8,7 +8,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .language_model import _batches, _check_whole, _evaluating
+from .language_model import _batches, _check_whole, _evaluating, _take_labels
 from .streaming import _BLOCK_ENTRIES, IGNORED_LABEL, MEASURE_NAMES, _shifted
 
 logger = logging.get_logger(__name__)
@@ -95,7 +95,7 @@ def each_prediction(
             torch.manual_seed(seed)
         for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = _targets(batch)
+            targets = _shifted(_take_labels(batch))
             out = model(**batch, **options, use_cache=False)
             columns = {
                 "targets": targets,
@@ -110,16 +110,6 @@ def each_prediction(
     if tokens == 0:
         raise ValueError(f"There is nothing to evaluate: none of the {sequences} sequences has a token to predict.")
     return sequences
-
-
-def _targets(batch: dict[str, Tensor]) -> Tensor:
-    """Takes the labels out of a batch, or makes them, and shifts them."""
-    labels = batch.pop("labels", None)
-    if labels is None:
-        labels = batch["input_ids"]
-        if "attention_mask" in batch:
-            labels = labels.masked_fill(batch["attention_mask"] == 0, IGNORED_LABEL)
-    return _shifted(labels)
 
 
 def _positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
