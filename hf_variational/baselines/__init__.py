@@ -11,8 +11,9 @@ from .temperature import tempered, untempered
 _LAZY = {
     "lora_ensemble": ".lora",
     "pvera_samples": ".pvera",
-    "diagonal_laplace": ".laplace",
+    "diagonal_laplace": ".weight_laplace",
     "last_layer_laplace": ".laplace",
+    "remove_last_layer_laplace": ".laplace",
 }
 
 

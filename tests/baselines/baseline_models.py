@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
@@ -81,8 +82,32 @@ def cooled(family: str) -> hf.PreTrainedModel:
     return tempered(stock(family), 1.7)
 
 
-# What makes a model of a baseline; the samples of all but the last differ.
-METHODS = {"mc_dropout": dropped, "ensemble": ensemble, "lora_ensemble": lora, "pvera": pvera, "temperature": cooled}
+def last_layer(family: str, structure: str = "kron", prior_precision: float | str = 5.0, **options):
+    """Skips the test where laplace-torch is not installed."""
+    pytest.importorskip("laplace")
+    from hf_variational.baselines import last_layer_laplace
+
+    return last_layer_laplace(stock(family), sequences(), structure, prior_precision, progress=False, **options)
+
+
+def weights(family: str, prior_precision: float | str = 30.0, **options) -> EnsembleForCausalLM:
+    """Skips the test where laplace-torch is not installed."""
+    pytest.importorskip("laplace")
+    from hf_variational.baselines import diagonal_laplace
+
+    return diagonal_laplace(stock(family), sequences(), SAMPLES, prior_precision, progress=False, **options)
+
+
+def sequences(count: int = 6, seed: int = 5) -> list[Tensor]:
+    return list(given(batch=count, padding=0, seed=seed)["input_ids"])
+
+
+# What makes a model of a baseline. The samples of all but a temperature's differ.
+METHODS = {
+    **{"mc_dropout": dropped, "ensemble": ensemble, "lora_ensemble": lora, "pvera": pvera, "temperature": cooled},
+    **{"last_layer_laplace": last_layer, "diagonal_laplace": weights},
+}
+ENSEMBLES = ("ensemble", "diagonal_laplace")
 PEFT_METHODS = ("lora_ensemble", "pvera")
 
 

@@ -4,7 +4,18 @@ import math
 
 import pytest
 import torch
-from baseline_models import FAMILIES, LAYERS, METHODS, PEFT_METHODS, SAMPLES, VOCAB, given, stock, with_positions
+from baseline_models import (
+    ENSEMBLES,
+    FAMILIES,
+    LAYERS,
+    METHODS,
+    PEFT_METHODS,
+    SAMPLES,
+    VOCAB,
+    given,
+    stock,
+    with_positions,
+)
 from torch.nn import functional as F
 
 from hf_variational import evaluate_language_model, fit_temperature, token_scores
@@ -58,8 +69,8 @@ def test_without_samples_the_stock_model_answers(method, family):
     with torch.no_grad():
         out = model(**inputs, num_posterior_samples=0, labels=inputs["input_ids"])
         expected = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), inputs["input_ids"][:, 1:].flatten())
-        if method == "ensemble":
-            plain = stock(family, seed=0)(**inputs).logits
+        if method in ENSEMBLES:
+            plain = model.members[0](**inputs).logits
         elif method in PEFT_METHODS:
             plain = model(**inputs, num_posterior_samples=0).logits
             assert (plain - stock(family)(**inputs).logits).abs().max() > 1e-3  # of the adapter
@@ -106,7 +117,8 @@ def test_evaluation_takes_it_as_it_is_and_repeats_with_its_seed(method, family):
         assert "samples" not in first and model.variational_layers == []
     else:
         assert first["samples"]["mutual_information"] > 1e-3
-        assert model.variational_layers == list(range(LAYERS))
+        # The head counts as the layer behind the last.
+        assert model.variational_layers == ([LAYERS] if method == "last_layer_laplace" else list(range(LAYERS)))
     fitted = fit_temperature(model, data, **options)
     assert fitted.nll <= fitted.untempered_nll
     key = "mean_pass" if method == "temperature" else "samples"
@@ -123,11 +135,15 @@ def test_the_cache_holds_a_row_for_each_sample_and_says_so_when_it_is_continued_
         cache = model(**inputs, num_posterior_samples=SAMPLES, use_cache=True).past_key_values
     assert cache.get_seq_length() == inputs["input_ids"].shape[1]
     token = {"input_ids": inputs["input_ids"][:, :1], "past_key_values": cache}
-    if method == "ensemble":
+    if method in ENSEMBLES:
         with torch.no_grad():
             model(**token, num_posterior_samples=1)
         with pytest.raises(ValueError, match="tokens of different members"):
             model(**token, num_posterior_samples=2)
+        return
+    if method == "last_layer_laplace":  # the body runs once for any number of samples
+        assert cache.layers[0].keys.shape[0] == 2
+        model(**token, num_posterior_samples=2)
         return
     assert cache.layers[0].keys.shape[0] == 2 * SAMPLES
     with pytest.raises(ValueError, match=f"num_posterior_samples={SAMPLES}, this pass has 2"):
