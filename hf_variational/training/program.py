@@ -2,9 +2,10 @@
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from transformers import AutoTokenizer, default_data_collator, set_seed
+from transformers import AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
 from transformers.utils import logging
 
 from ..modeling import VariationalGPTConfig, VariationalGPTForCausalLM
@@ -26,7 +27,12 @@ METRICS_FILE = "metrics.json"
 _SPLIT_SEED = 0
 
 
-def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> VariationalTrainer:
+def run(
+    recipe: Recipe | str | os.PathLike,
+    resume: bool | str = False,
+    *,
+    prepare: Callable[[PreTrainedModel], PreTrainedModel] | None = None,
+) -> VariationalTrainer:
     """
     Trains as the recipe says and returns the trainer.
 
@@ -38,6 +44,7 @@ def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> Varia
         resume (`bool` or `str`, defaults to `False`):
             Goes on from the newest complete checkpoint of the output folder (an empty folder starts a new run), or
             from the checkpoint named.
+        prepare (*optional*): What becomes of the model between its making and its training.
 
     Raises:
         FileExistsError: if the output folder is not empty and the run is not to resume.
@@ -58,6 +65,8 @@ def run(recipe: Recipe | str | os.PathLike, resume: bool | str = False) -> Varia
         if checkpoint is None:
             _calibrate(model, recipe, args, calibration)
         _prepare_saving(model, recipe, args)
+    if prepare is not None:
+        model = prepare(model)
     trainer = VariationalTrainer(
         model,
         args,

@@ -95,8 +95,9 @@ class VariationalTrainer(Trainer):
 
     @property
     def _layers(self) -> list[int]:
-        """Numbers of the variational layers; empty for a deterministic model."""
-        return list(getattr(self.model, "variational_layers", None) or [])
+        """Numbers of the layers with a posterior; empty for a deterministic model, and for one whose samples are drawn
+        from something that has no KL, as dropout masks are."""
+        return sorted({layer for layer, _ in getattr(self.model, "posterior_sites", None) or []})
 
     @property
     def _has_variational_attention(self) -> bool:
