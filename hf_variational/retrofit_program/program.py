@@ -237,7 +237,8 @@ def _train(model, arguments: VariationalTrainingArguments, rows: list[dict], pro
 def _hardware(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def _show(console: Console, before: Measured, after: Measured, mean_pass, texts, samples: int) -> None:

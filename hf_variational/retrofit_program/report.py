@@ -162,7 +162,8 @@ def card_facts(
     trained = None
     if training is not None:
         trained = (
-            f"{training['parameters']:,} parameters in {training['steps']:,} steps, {training['seconds']:.0f} s, on "
+            f"{training['parameters']:,} parameters in {_counted(training['steps'], 'step')}, "
+            f"{training['seconds']:.0f} s, on "
             f"{len(texts.training):,} sequences"
         )
     return {
@@ -179,6 +180,10 @@ def card_facts(
         "seeds": [seed],
         "recipe": card_recipe(recipe),
     }
+
+
+def _counted(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' if number != 1 else ''}"
 
 
 def base_title(base: str) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 import torch
+from retrofit_runs import retrofitted, save_llama, sentences, texts_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from hf_variational import (
     EVEConfig,
@@ -65,3 +66,40 @@ def twin_checkpoint(tmp_path_factory, tokenizer):
 def attention_checkpoint(tmp_path_factory, tokenizer):
     attention = VariationalAttentionConfig("dirichlet", initial_concentration=5.0)
     return _checkpoint(tmp_path_factory.mktemp("checkpoints") / "attention", tokenizer, eve=None, attention=attention)
+
+
+# ---- What `hf-variational retrofit` leaves ----
+
+
+@pytest.fixture(scope="session")
+def place(tmp_path_factory, tokenizer):
+    """A folder with a base model and texts."""
+    folder = tmp_path_factory.mktemp("retrofit")
+    save_llama(folder / "base", tokenizer)
+    (folder / "text.txt").write_text(sentences(0))
+    (folder / "other.txt").write_text("x = [0, 1, 2]\nfor y in x: print(y * 7, '%d' % y)\n" * 40)
+    (folder / "short.txt").write_text("The with statement.")
+    (folder / "empty.txt").write_text("")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def scaled(place):
+    """The command without a word about training, which trains nothing."""
+    return retrofitted(place, "scaled", "--other", f"code={place / 'other.txt'}")
+
+
+@pytest.fixture(scope="session")
+def trained(place):
+    steps = ("arguments.max_steps=3", "arguments.warmup_steps=0", "arguments.logging_steps=1")
+    return retrofitted(place, "trained", "--train", "posterior", "--layers", "last", *steps)
+
+
+@pytest.fixture(scope="session")
+def base(place):
+    return AutoModelForCausalLM.from_pretrained(place / "base").eval()
+
+
+@pytest.fixture(scope="session")
+def texts(place, tokenizer):
+    return texts_of(place, tokenizer)
