@@ -94,7 +94,7 @@ print(json.dumps([answers, combined]))
 def test_offline_in_a_process_of_its_own(tmp_path):
     expected = inputs_and_answers()
     assert set(expected) == set(METRIC_MODULES)
-    groups = (LIKELIHOOD, CONFIDENCE, DETECTION + REJECTION, MEASURES)
+    groups = (("bits_per_byte", *LIKELIHOOD), CONFIDENCE, DETECTION + REJECTION, MEASURES)
     given = {
         "alone": [(metric_path(name), plain(inputs)) for name, (inputs, _) in expected.items()],
         "together": [([metric_path(name) for name in group], plain(expected[group[0]][0])) for group in groups],
