@@ -95,6 +95,17 @@ def changed(folder, base_folder):
     return {name for name in before if not torch.equal(before[name], after[name])}
 
 
+@torch.no_grad()
+def assert_mean_pass_is_the_base(folder, base_folder, ids):
+    """The base's weights, and what the stock class makes of this very file: elsewhere in memory a kernel may round
+    otherwise.
+    """
+    assert changed(folder, base_folder) == set()
+    expected = LlamaForCausalLM.from_pretrained(folder).eval()(ids).logits
+    assert torch.equal(loaded(folder)(ids).logits, expected)
+    torch.testing.assert_close(expected, loaded(base_folder)(ids).logits)
+
+
 def printed_row(printed, label):
     (line,) = [line for line in printed.splitlines() if line.startswith(label)]
     return line.removeprefix(label).split()

@@ -253,9 +253,8 @@ def test_names_and_folders_of_a_machine_are_no_facts(place, tmp_path):
 def test_a_run_trains_the_posterior_and_nothing_else(place, tmp_path):
     folder = tmp_path / "run"
     trainer = program.run(recipe(place, folder))
-    base = LlamaForCausalLM.from_pretrained(place / "llama").eval()
-    before = pretrained(place / "llama")
-    assert_same_bits(pretrained(folder), before)
+    assert_same_bits(pretrained(folder), pretrained(place / "llama"))
+    base = LlamaForCausalLM.from_pretrained(folder).eval()
     model = AutoModelForCausalLM.from_pretrained(folder).eval()
     assert type(model).__name__ == "VariationalLlamaForCausalLM" and model.variational_layers == [1]
     assert_same_bits(weights(model), weights(trainer.model))
