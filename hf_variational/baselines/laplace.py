@@ -35,9 +35,10 @@ try:
     from laplace import DiagLaplace, KronLaplace
     from laplace.curvature import CurvatureInterface
     from laplace.utils import Kron
-except ImportError as error:
+except (ImportError, RuntimeError) as error:  # a torchvision of another build than torch's raises the second
     raise ImportError(
-        "The Laplace baselines need laplace-torch, an optional dependency: pip install 'hf-variational[laplace]'."
+        f"The Laplace baselines need laplace-torch, an optional dependency, which cannot be imported ({error}): pip "
+        "install 'hf-variational[laplace]', with a torchvision, which it needs, from where your torch is from."
     ) from error
 
 # Of a Kronecker factor all eigenvectors are computed: beyond this vocabulary that takes hours and gigabytes.
@@ -115,7 +116,7 @@ def last_layer_laplace(
     model: PreTrainedModel,
     data,
     structure: str = "kron",
-    prior_precision: float | str = "marglik",
+    prior_precision: float | str = "validation",
     validation=None,
     batch_size: int = 8,
     *,
@@ -131,9 +132,9 @@ def last_layer_laplace(
         model: a decoder-only language model whose logits are its head's, without a softcap or a scale behind it.
         data: what it was trained on, or some of it, as [`evaluate_language_model`] takes it.
         structure: of H: `"kron"`, for vocabularies of up to 16,384, or `"diag"`.
-        prior_precision: δ, or how it is found: `"marglik"`, the one with the largest marginal likelihood on `data`;
-            `"validation"`, of `PRECISIONS` the one with the lowest negative log-likelihood on `validation` with 8
-            samples.
+        prior_precision: δ, or how it is found: `"validation"`, of `PRECISIONS` the one with the lowest negative
+            log-likelihood on `validation` with 8 samples; `"marglik"`, the one with the largest marginal likelihood on
+            `data`, whose curvature is that of so much data and no more.
         validation: for `"validation"`; held out.
         batch_size: sequences of a forward pass.
         seed: of the draws: sample s is the same in every pass.
@@ -150,7 +151,7 @@ def last_layer_laplace(
     Example:
 
     ```python
-    >>> model = last_layer_laplace(model, train_windows, prior_precision="validation", validation=windows)
+    >>> model = last_layer_laplace(model, train_windows, validation=windows)
     >>> out = model(**inputs, num_posterior_samples=8, output_uncertainty=True)
     ```
     """

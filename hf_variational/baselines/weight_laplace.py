@@ -49,7 +49,7 @@ def diagonal_laplace(
     model: PreTrainedModel,
     data,
     num_posterior_samples: int = 8,
-    prior_precision: float | str = "marglik",
+    prior_precision: float | str = "validation",
     validation=None,
     *,
     batch_size: int = 8,
@@ -64,8 +64,7 @@ def diagonal_laplace(
         data: what it was trained on, or some of it: sequences of one length without padding in front, as
             [`evaluate_language_model`] takes them.
         num_posterior_samples: S, the networks that are drawn.
-        prior_precision: δ, or how it is found: `"marglik"`, the one with the largest marginal likelihood on `data`;
-            `"validation"`, the one with the lowest negative log-likelihood on `validation`.
+        prior_precision: δ, or how it is found, as in [`last_layer_laplace`].
         validation: for `"validation"`; held out.
         batch_size: sequences of a batch of validation.
         seed: of the estimate and of the draws; the global generator stays as it is.
@@ -81,7 +80,7 @@ def diagonal_laplace(
     Example:
 
     ```python
-    >>> ensemble = diagonal_laplace(model, train_windows, prior_precision="validation", validation=windows)
+    >>> ensemble = diagonal_laplace(model, train_windows, validation=windows)
     >>> out = ensemble(**inputs, output_uncertainty=True)
     ```
     """
