@@ -139,18 +139,13 @@ class Recipe:
         return dataclasses.asdict(self)
 
 
-def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, object] | None = None) -> Recipe:
+def read_yaml(path: str | Path) -> dict:
     """
-    Reads a recipe.
-
-    Args:
-        path: The YAML file.
-        overrides: `section.key=value` with a YAML value, for example `arguments.max_steps=10`.
-        values: Values by `section.key`, likewise; the overrides count before them.
+    A YAML file whose top level is a mapping, read as a recipe is.
 
     Raises:
-        ValueError: for a key that does not exist, at any level (it names the nearest that does), for one that stands
-            twice, and for a value of the wrong type.
+        FileNotFoundError: if it is not there.
+        ValueError: if it is not YAML, a key stands twice, or it is no mapping.
     """
     import yaml
 
@@ -165,6 +160,23 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
         raise ValueError(f"{path} is not YAML: {error}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a recipe: expected the sections data, arguments, model and tokenizer.")
+    return content
+
+
+def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, object] | None = None) -> Recipe:
+    """
+    Reads a recipe.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` with a YAML value, for example `arguments.max_steps=10`.
+        values: Values by `section.key`, likewise; the overrides count before them.
+
+    Raises:
+        ValueError: for a key that does not exist, at any level (it names the nearest that does), for one that stands
+            twice, and for a value of the wrong type.
+    """
+    content = read_yaml(path)
     for path_of_keys, value in (values or {}).items():
         _set(content, path_of_keys, value)
     for override in overrides:
