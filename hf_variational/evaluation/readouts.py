@@ -159,13 +159,13 @@ def evaluate_readouts(
         for readout in readouts:
             joined = read_samples(log_p, readout)
             largest, predicted = joined.max(-1)
-            correct = (predicted == targets).double().cpu()
+            correct = (predicted == targets).cpu().double()
             chosen = joined.gather(-1, targets[:, None]).squeeze(-1)
             for temperature in temperatures:
                 normaliser = (joined / temperature).logsumexp(-1)
                 nll = normaliser - chosen / temperature
                 confidence = (largest / temperature - normaliser).exp()
-                tried[readout, temperature]._add_predictions(nll.cpu(), confidence.double().cpu(), correct)
+                tried[readout, temperature]._add_predictions(nll.cpu(), confidence.cpu().double(), correct)
 
     _each_block(model, data, visit, num_posterior_samples, batch_size, seed, progress)
     return [_scores(readout, temperature, evaluation) for (readout, temperature), evaluation in tried.items()]
