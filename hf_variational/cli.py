@@ -334,27 +334,130 @@ def generate(
 @app.command()
 def evaluate(
     model: Model,
-    data: Annotated[list[Path], typer.Option(help="A text file; may be given several times.")],
+    data: Annotated[
+        list[str],
+        typer.Option(help="A text file; may be given several times. With --output also the name of a data set."),
+    ],
     samples: Annotated[
         int | None, typer.Option(help="Posterior samples; 0 is the mean pass alone.  [default: 8]")
     ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write a report to this folder: report.html, report.json, the plots.")
+    ] = None,
+    validation: Annotated[
+        str | None, typer.Option(help="Text to fit on; without it the front fifth of --data is split off.")
+    ] = None,
+    ood: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=FILE", help="Text of another kind, to be told apart; may be given several times."),
+    ] = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="Compare with the mean pass, temperature scaling and MC dropout.")
+    ] = False,
+    ensemble: Annotated[
+        list[str] | None, typer.Option(metavar="PATH", help="A member of an ensemble to compare with; twice or more.")
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME=PATH", help="Another model to compare with; may be given several times."),
+    ] = None,
+    corruption: Annotated[
+        bool, typer.Option("--corruption", help="Also measure on contexts with tokens replaced.")
+    ] = False,
+    readouts: Annotated[bool, typer.Option("--readouts", help="Also choose among ways to join the samples.")] = False,
+    target_risk: Annotated[
+        float, typer.Option(help="Share of wrong answers that the selective policy keeps to.")
+    ] = 0.2,
     block_size: Annotated[
-        int | None, typer.Option(help="Tokens in a block.  [default: 256, or what the model takes]")
+        int | None,
+        typer.Option("--block-size", "--length", help="Tokens in a block.  [default: 256, or what the model takes]"),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Blocks in a batch.")] = 8,
     max_batches: Annotated[int | None, typer.Option(help="Look at so many batches of each file only.")] = None,
+    max_sequences: Annotated[
+        int | None, typer.Option(help="With --output: read so many sequences of each text only.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the report that is in the folder.")] = False,
     seed: Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the metrics as JSON.")] = False,
     trust_remote_code: Trust = False,
     device: Device = None,
 ) -> None:
-    """Measure likelihood, calibration and uncertainty on text files, for posterior samples and for the mean pass."""
+    """Measure likelihood, calibration and uncertainty; with --output in a report, beside baselines and other texts."""
     _whole("--samples", samples, 0)
     _whole("--block-size", block_size, 2)
     _whole("--batch-size", batch_size, 1)
     _whole("--max-batches", max_batches, 1)
+    _whole("--max-sequences", max_sequences, 2)
+    if not 0 < target_risk < 1:
+        fail(f"--target-risk is {target_risk}: it must be between 0 and 1", 2)
+    asked = {
+        "--validation": validation,
+        "--ood": ood,
+        "--baselines": baselines,
+        "--ensemble": ensemble,
+        "--compare": compare,
+        "--corruption": corruption,
+        "--readouts": readouts,
+        "--max-sequences": max_sequences,
+        "--overwrite": overwrite,
+    }
+    if output is None:
+        if given := [option for option, value in asked.items() if value]:
+            fail(f"{given[0]} needs --output, the folder of the report", 2)
+        _evaluate_files(
+            model, data, samples, block_size, batch_size, max_batches, seed, as_json, trust_remote_code, device
+        )
+        return
+    if len(data) > 1:
+        fail(f"--output is of one text, and --data names {len(data)}: run it once for each", 2)
+    if max_batches is not None:
+        fail("--max-batches has no effect with --output: use --max-sequences", 2)
+    from .evaluation_program.program import check_output, run
+    from .evaluation_program.texts import named, source_of
+
+    with reported():
+        check_output(output, overwrite)
+        source = source_of(data[0], "--data")
+        held = None if validation is None else source_of(validation, "--validation")
+        others = {name: source_of(text, f"--ood {name}") for name, text in named(ood or [], "--ood").items()}
+        paths = named(compare or [], "--compare")
+    network, tokenizer, _ = _load(model, trust_remote_code, device)
+    longest = getattr(network.config, "max_position_embeddings", None) or 256
+    with reported():
+        report = run(
+            network,
+            tokenizer,
+            model,
+            source,
+            output,
+            validation=held,
+            ood=others,
+            baselines=baselines,
+            ensemble=[(_load(path, trust_remote_code, device)[0], path) for path in ensemble or []],
+            compared={name: (_load(path, trust_remote_code, device)[0], path) for name, path in paths.items()},
+            samples=8 if samples is None else samples,
+            length=block_size or min(256, longest),
+            batch_size=batch_size,
+            max_sequences=max_sequences,
+            target_risk=target_risk,
+            corruption=corruption,
+            readouts=readouts,
+            seed=seed,
+            progress=sys.stderr.isatty(),
+            quiet=as_json,
+        )
+    if as_json:
+        typer.echo(report.to_json(), nl=False)
+    typer.echo(f"wrote {output / 'report.html'}", err=True)
+
+
+def _evaluate_files(
+    model, data, samples, block_size, batch_size, max_batches, seed, as_json, trust_remote_code, device
+) -> None:
+    """The metrics of each file, printed."""
     for path in data:
-        if not path.is_file():
+        if not Path(path).is_file():
             fail(f"--data {path} is no file: give a text file", 2)
     network, tokenizer, variational = _load(model, trust_remote_code, device)
     count = _samples(samples, variational, model)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["MEASURES", "Measure", "format_value", "measure", "nice_maximum", "scale_maximum"]
+__all__ = ["MEASURES", "Measure", "format_value", "label_of", "measure", "nice_maximum", "scale_maximum"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,23 @@ def measure(name: str) -> Measure:
         if candidate.name == name:
             return candidate
     raise ValueError(f"unknown measure {name!r}: choose one of {', '.join(m.name for m in MEASURES)}")
+
+
+# Of scores that no token of a page is coloured by.
+_OTHER_LABELS = {
+    "one_minus_confidence": "1 − confidence",
+    "nll": "NLL",
+    "brier": "Brier score",
+    "kl": "KL of the posteriors",
+    "scale": "scale of the units",
+    "mean_energy": "mean energy",
+    "combination": "all combined",
+}
+
+
+def label_of(name: str) -> str:
+    """The name of a score in prose."""
+    return _OTHER_LABELS[name] if name in _OTHER_LABELS else measure(name).label
 
 
 def format_value(value: float | None) -> str:

@@ -10,12 +10,24 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-__all__ = ["Curve", "Reliability", "training_and_calibration"]
+__all__ = [
+    "COLOURS",
+    "GRID",
+    "INK",
+    "QUIET",
+    "Curve",
+    "Reliability",
+    "draw_curves",
+    "draw_reliability",
+    "plain",
+    "training_and_calibration",
+]
 
-# Told apart in grey, too: blue is darker than orange.
-COLOURS = ("#2b5f9e", "#e07a2f", "#3f8f5b", "#8a4f9e")
+# Of Okabe and Ito (2008), told apart by the colour-blind too; without the black and the yellow, which a dark or a
+# white page swallows.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
 FEWEST = 10  # tokens of a bin whose accuracy says anything
-INK, GRID = "#2a2c33", "#dcdcd8"
+INK, QUIET, GRID = "#2a2c33", "#8d9099", "#dcdcd8"
 
 
 @dataclass(frozen=True)
@@ -49,7 +61,8 @@ def smoothed(values: Sequence[float], window: int) -> np.ndarray:
     return (sums[positions + reach + 1] - sums[positions - reach]) / (2 * reach + 1)
 
 
-def _plain(axes) -> None:
+def plain(axes) -> None:
+    """Axes in the style of every picture."""
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
@@ -59,7 +72,8 @@ def _plain(axes) -> None:
     axes.set_axisbelow(True)
 
 
-def _draw_curves(axes, curves: Sequence[Curve]) -> None:
+def draw_curves(axes, curves: Sequence[Curve]) -> None:
+    """Training curves; the held-out text's dashed."""
     for colour, curve in zip(COLOURS, curves, strict=False):
         steps, nll = np.asarray(curve.steps), np.asarray(curve.nll, dtype=float)
         if len(steps) >= 20:
@@ -84,8 +98,9 @@ def _draw_curves(axes, curves: Sequence[Curve]) -> None:
     axes.legend(frameon=False, fontsize=9, labelcolor=INK)
 
 
-def _draw_reliability(axes, counts, diagrams: Sequence[Reliability], title: str) -> None:
-    axes.plot([0, 1], [0, 1], color="#8d9099", linewidth=1, linestyle=(0, (2, 3)))
+def draw_reliability(axes, counts, diagrams: Sequence[Reliability], title: str) -> None:
+    """A reliability diagram on `axes`, and how many tokens each bin has on `counts`."""
+    axes.plot([0, 1], [0, 1], color=QUIET, linewidth=1, linestyle=(0, (2, 3)))
     width = 1.0 / max(len(d.count) for d in diagrams)
     for index, (colour, diagram) in enumerate(zip(COLOURS, diagrams, strict=False)):
         number = np.asarray(diagram.count, dtype=float)
@@ -98,7 +113,7 @@ def _draw_reliability(axes, counts, diagrams: Sequence[Reliability], title: str)
             linewidth=1.6,
             marker="o",
             markersize=4,
-            label=label,
+            label=label or "_nolegend_",
         )
         left = np.arange(len(number)) * width + width * (0.1 + 0.8 * index / len(diagrams))
         share = number / max(number.sum(), 1.0)
@@ -106,7 +121,8 @@ def _draw_reliability(axes, counts, diagrams: Sequence[Reliability], title: str)
     axes.set(xlim=(0, 1), ylim=(0, 1))
     axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
     axes.set_ylabel(f"accuracy (bins of {FEWEST} tokens or more)", color=INK)
-    axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
+    if any(diagram.label for diagram in diagrams):
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK, loc="best")
     axes.tick_params(labelbottom=False)
     counts.set(xlim=(0, 1))
     counts.set_xlabel("confidence (largest probability)", color=INK)
@@ -124,14 +140,14 @@ def training_and_calibration(
     FigureCanvasAgg(figure)
     grid = figure.add_gridspec(2, panels, height_ratios=(4, 1), hspace=0.04)
     training = figure.add_subplot(grid[:, 0])
-    _plain(training)
-    _draw_curves(training, curves)
+    plain(training)
+    draw_curves(training, curves)
     for column, (name, diagrams) in enumerate(reliability.items(), start=1):
         axes = figure.add_subplot(grid[0, column])
         counts = figure.add_subplot(grid[1, column])
-        _plain(axes)
-        _plain(counts)
-        _draw_reliability(axes, counts, diagrams, name)
+        plain(axes)
+        plain(counts)
+        draw_reliability(axes, counts, diagrams, name)
     if title:
         figure.suptitle(title, x=0.01, ha="left", fontsize=12, color=INK)
     figure.savefig(path)
