@@ -123,8 +123,8 @@ def _with_dropout(model, samples: int, held, batch_size: int, seed: int) -> Cont
         remove_mc_dropout(model)
     best = min(nll, key=nll.__getitem__)
     note = (
-        f"the model was trained without dropout; of the rates {', '.join(map(str, RATES))} {best} has the lowest NLL "
-        f"on {len(rows)} sequences of the validation data."
+        f"the model was trained without dropout. The rate is {best}, whose NLL on {len(rows)} sequences of the "
+        f"validation data is the lowest of {', '.join(map(str, RATES))}."
     )
     return Contender(mc_dropout(model, best), samples, notes=(note,))
 

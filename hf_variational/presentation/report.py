@@ -83,7 +83,7 @@ def _svg(figure: Figure, name: str) -> Markup:
     """The figure as markup whose ink, grid and paper are those of the page, light or dark."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
+        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     svg = text.getvalue()
     svg = svg[svg.index("<svg") :]
     for colour, variable in ((INK, "--ink"), (GRID, "--line"), ("#ffffff", "--card")):

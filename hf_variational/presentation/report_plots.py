@@ -94,7 +94,7 @@ def risk_coverage(report: EvaluationReport) -> Figure | None:
             if np.ptp(risk) < 1e-9:  # of a score that is the same everywhere
                 continue
             style = _STYLES[index // len(COLOURS) % len(_STYLES)]
-            colour = INK if name == "combination" else colour_of(index)
+            colour, style = (INK, "-") if name == "combination" else (colour_of(index), style)
             one.plot(found["coverage"], risk, color=colour, linestyle=style, linewidth=1.6, label=label_of(name))
         one.plot(found["coverage"], found["oracle"], color=QUIET, linewidth=1.2, linestyle=(0, (2, 3)), label="oracle")
         one.set(xlim=(0, 1), ylim=(0, None))

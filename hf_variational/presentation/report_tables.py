@@ -58,7 +58,7 @@ class ReportTable:
 
 def _cells(values: Iterable, less: bool | None = None, show: Callable = format_value, intervals=None) -> list[Cell]:
     """Cells of one row or column; with `less`, whether less is better, the best is marked where it is not all."""
-    values = [None if value is None or not math.isfinite(value) else value for value in values]
+    values = [None if value is None or not math.isfinite(value) else _rounded(value) for value in values]
     known = [value for value in values if value is not None]
     best = None
     if less is not None and len(known) > 1:
@@ -71,6 +71,11 @@ def _cells(values: Iterable, less: bool | None = None, show: Callable = format_v
         Cell(text, "" if ends is None else f"{show(ends[0])} to {show(ends[1])}", mark)
         for text, ends, mark in zip(texts, within, marked, strict=True)
     ]
+
+
+def _rounded(value: float) -> float:
+    """Without what is left of a difference of equals."""
+    return 0 if abs(value) < 1e-12 else value
 
 
 def _columns(rows: Mapping[str, list], less: list[bool | None], shows: list[Callable]) -> list[tuple[str, list[Cell]]]:
@@ -109,7 +114,6 @@ def _summary(report: EvaluationReport) -> ReportTable:
         ("ECE", True, ("quality", "expected_calibration_error")),
         ("Brier", True, ("quality", "brier_score")),
         ("worst 5 %", True, ("quality", "cvar_nll")),
-        ("accuracy", False, ("quality", "accuracy")),
         ("mut. inf.", None, ("measures", "mutual_information")),
         ("AUROC H", False, ("error_detection", "predictive_entropy", "auroc")),
         ("AUROC I", False, ("error_detection", "mutual_information", "auroc")),
@@ -154,6 +158,8 @@ def _other_texts(report: EvaluationReport, length: str) -> ReportTable | None:
     values: dict[str, list] = {}
     for name in report.contenders:
         for score in _SHOWN:
+            if score == "mutual_information" and report.contenders[name]["temperature"] != 1:
+                continue  # it is what it was
             place = [(text, length, score, "auroc") for text in texts]
             row = [report.value(name, "out_of_domain", *where) for where in place]
             known = [value for value in row if value is not None]
@@ -208,15 +214,18 @@ def _costs(report: EvaluationReport) -> ReportTable | None:
         "samples",
         "parameters",
         "tokens trained on",
-        "training FLOPs/token",
-        "FLOPs/token",
+        "training FLOPs",
+        "FLOPs",
         "seconds",
         "peak bytes",
     ]
     shows = [str, _large, _large, _large, _large, format_value, _large]
-    note = "Seconds are of the pass over the test data, model and temperature together; the rest is of one batch." + (
-        "" if any(row[2] for row in values.values()) else " Nobody recorded the tokens that were trained on."
+    note = (
+        "FLOPs are of a token. Seconds are of the pass over the test data, which a tempered contender shares; the peak "
+        "is of one batch, beside the weights."
     )
+    if not any(row[2] for row in values.values()):
+        note += " Nobody recorded how many tokens were trained on."
     rows = _columns(values, [None] * len(shows), shows)
     keep = [index for index in range(len(shows)) if any(row[index] is not None for row in values.values())]
     return ReportTable(
@@ -300,7 +309,7 @@ def report_tables(report: EvaluationReport) -> list[Group]:
 def _rich(table: ReportTable) -> Group:
     drawn = Table(box=None, pad_edge=False, header_style="dim")
     for index, column in enumerate(table.header):
-        drawn.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+        drawn.add_column(column, justify="left" if index == 0 else "right", no_wrap=index == 0)
     for label, cells in table.rows:
         drawn.add_row(Text(label), *(Text(cell.text, "bold" if cell.best else "") for cell in cells))
     parts = [Text(table.title, "bold"), drawn]
