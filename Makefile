@@ -16,6 +16,10 @@ DEMO ?=
 # Those that need nothing but the package; benchmarks/README.md has the others, which read a model or a text of yours.
 BENCHMARKS := training_step generation evaluation_memory attention_weights attention_step retrofit_cost quality
 
+# laplace-torch and what it runs on, without its requirement of torchvision: it does not use it here, and the builds of
+# torchvision that an index offers may be those of another torch.
+LAPLACE := laplace-torch asdfghjkl backpack-for-pytorch curvlinops-for-pytorch einconv einops linear-operator opt-einsum unfoldnd
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 INDEX := $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
@@ -36,6 +40,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { echo "$(PYTHON) has no venv module: install it (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check $(INDEX) -c constraints.txt -e ".[test]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(LAPLACE)
 	@touch $@
 
 install: $(STAMP)

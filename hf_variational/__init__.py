@@ -16,6 +16,9 @@ from transformers import (
 )
 
 from . import (
+    baselines as _baselines,  # noqa: F401  registers ensembles
+)
+from . import (
     hub as _hub,  # noqa: F401  registers the writer of model cards
 )
 from . import (

@@ -2,13 +2,16 @@
 
 from importlib import import_module
 
-from .costs import Cost, measure_cost
+# Registers its class with the Auto classes.
 from .ensemble import EnsembleConfig, EnsembleForCausalLM
 from .mc_dropout import mc_dropout, remove_mc_dropout
-from .temperature import tempered, untempered
 
-# Imported when first asked for: they need optional dependencies.
+# Imported when first asked for: a checkpoint does not need them, and some need optional dependencies.
 _LAZY = {
+    "Cost": ".costs",
+    "measure_cost": ".costs",
+    "tempered": ".temperature",
+    "untempered": ".temperature",
     "lora_ensemble": ".lora",
     "pvera_samples": ".pvera",
     "diagonal_laplace": ".weight_laplace",
@@ -31,8 +34,13 @@ __all__ = [
     "Cost",
     "EnsembleConfig",
     "EnsembleForCausalLM",
+    "diagonal_laplace",
+    "last_layer_laplace",
+    "lora_ensemble",
     "mc_dropout",
     "measure_cost",
+    "pvera_samples",
+    "remove_last_layer_laplace",
     "remove_mc_dropout",
     "tempered",
     "untempered",

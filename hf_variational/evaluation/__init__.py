@@ -1,5 +1,7 @@
 """What a language model's predictions are worth: likelihood, calibration, tails and the predictive measures."""
 
+from importlib import import_module
+
 from .calibration import (
     ClasswiseCalibration,
     ReliabilityCurve,
@@ -28,6 +30,41 @@ from .ranking import (
 from .streaming import METRIC_NAMES, StreamingEvaluation, mask_repeated_rows
 from .temperature import FittedTemperature, fit_temperature, optimal_temperature, temper
 from .token_scores import SCORE_NAMES, TokenScores, scores_at_temperatures, token_scores
+
+# Imported when first asked for: they need scipy.stats and scikit-learn's models, which a training does not.
+_LAZY = {
+    "Estimate": ".statistics",
+    "bootstrap_documents": ".statistics",
+    "correlation": ".statistics",
+    "document_mean": ".statistics",
+    "over_seeds": ".statistics",
+    "paired_difference": ".statistics",
+    "CombinedScore": ".selective",
+    "RiskCoverage": ".selective",
+    "risk_coverages": ".selective",
+    "Decision": ".selective_policy",
+    "FittedSelectivePolicy": ".selective_policy",
+    "SelectivePolicy": ".selective_policy",
+    "SelectiveResult": ".selective_policy",
+    "READOUT_NAMES": ".readouts",
+    "ReadoutScores": ".readouts",
+    "ReadoutSelection": ".readouts",
+    "choose_readout": ".readouts",
+    "evaluate_readouts": ".readouts",
+    "read_samples": ".readouts",
+    "select_readout": ".readouts",
+}
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name], __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])
+
 
 __all__ = [
     "INTERNAL_NAMES",

@@ -138,7 +138,7 @@ class StreamingEvaluation:
         given = {} if measures is None else {name: getattr(measures, name, None) for name in MEASURE_NAMES}
         own_entropy = given.get("predictive_entropy") is None
         for nll, confidence, correct, entropy in _token_scores(log_probabilities, rows, columns, chosen, own_entropy):
-            self._add_predictions(nll.cpu(), confidence.double().cpu(), correct.double().cpu())
+            self._add_predictions(nll.cpu(), confidence.cpu().double(), correct.cpu().double())
             if entropy is not None:
                 self._add_measure("predictive_entropy", entropy)
         for name, values in given.items():

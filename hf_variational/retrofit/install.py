@@ -41,7 +41,7 @@ def install(model: PreTrainedModel, settings: VariationalSettings) -> None:
 
 def make_variational(config: PreTrainedConfig, config_class: type) -> None:
     """Gives a stock configuration its variational class, in place; `make_stock` takes it away."""
-    config.__class__ = config_class
+    _become(config, config_class)
     ignored = getattr(config, "keys_to_ignore_at_inference", None) or ["past_key_values"]
     if not set(ADDED) <= set(ignored):  # of a family without a configuration class of its own
         config.keys_to_ignore_at_inference = list(dict.fromkeys([*ignored, *ADDED]))
@@ -49,9 +49,15 @@ def make_variational(config: PreTrainedConfig, config_class: type) -> None:
 
 def make_stock(config: PreTrainedConfig, config_class: type) -> None:
     """Gives a variational configuration its stock class, in place."""
-    config.__class__ = config_class
+    _become(config, config_class)
     config.__dict__.pop("keys_to_ignore_at_inference", None)
     config.__dict__.pop("variational", None)
+
+
+def _become(config: PreTrainedConfig, config_class: type) -> None:
+    config.__class__ = config_class
+    # Instances carry the name of the class that they were made of.
+    config.__dict__.pop("model_type", None)
 
 
 def install_rows(model: PreTrainedModel, settings: VariationalSettings) -> None:

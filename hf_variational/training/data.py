@@ -109,7 +109,7 @@ def _read(file: Path) -> str:
             raise
         raise ValueError(f"{file} cannot be decompressed ({error}): it is damaged, or not {file.suffix}.") from error
     if not content.strip():
-        raise ValueError(f"{file} is empty: there is nothing to train on. Take it out of the recipe, or fill it.")
+        raise ValueError(f"{file} is empty: there is no text in it. Name another file, or fill it.")
     if b"\0" in content:
         raise ValueError(
             f"{file} is not a text file: it has a zero byte at offset {content.index(0)}. Give UTF-8 text or JSON "

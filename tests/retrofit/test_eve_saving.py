@@ -81,6 +81,7 @@ def test_names(name, tmp_path):
     config = type(model.config)
     assert config.__name__ == f"Variational{tiny.config.__name__}" and issubclass(config, tiny.config)
     assert config.model_type == model.config.model_type == f"variational_{tiny.model_type}"
+    stock(name).save_pretrained(tmp_path / "stock")
     model.save_pretrained(tmp_path)
     saved = json.loads((tmp_path / "config.json").read_text())
     assert saved["model_type"] == f"variational_{tiny.model_type}" and saved["architectures"] == [made]
@@ -89,11 +90,16 @@ def test_names(name, tmp_path):
     assert type(hf.AutoConfig.from_pretrained(tmp_path)) is config
     assert {item.name for item in tmp_path.iterdir()} >= {"config.json", "model.safetensors"}
     assert not list(tmp_path.glob("*.bin"))
+    # A configuration that was read carries its model_type in the instance too.
+    loaded = tiny.model.from_pretrained(tmp_path)
+    assert type(loaded.config).model_type == tiny.model_type
+    loaded = variationalize(auto_class(name).from_pretrained(tmp_path / "stock"), layers=[0])
+    assert loaded.config.model_type == config.model_type
+    assert to_deterministic(loaded).config.model_type == tiny.model_type
     # Of some families transformers stores other names than the modules have.
     stored = load_file(tmp_path / "model.safetensors")
     if tiny.model_type not in ("mixtral", "vit"):
         assert {key for key in stored if is_added(key)} == set(added(model))
-    stock(name).save_pretrained(tmp_path / "stock")
     kept = load_file(tmp_path / "stock" / "model.safetensors")
     assert {key for key in stored if not is_added(key)} == set(kept)
     assert all(torch.equal(stored[key], value) for key, value in kept.items())
