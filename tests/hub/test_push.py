@@ -141,3 +141,62 @@ model.save_pretrained("mine", push_to_hub=True, repo_id="user/mine")
     assert "modeling_variational_gpt.py" in edited.files("next")
     assert hub.repositories["user/mine"].files()["README.md"] == b"# Local"
     assert (tmp_path / "mine" / "README.md").read_text() == "# Local"
+
+
+def test_a_retrofit_and_an_adapter_are_pushed_and_loaded_by_name(hub, tmp_path):
+    pytest.importorskip("peft")
+    [[mean, sampled, adapted]] = run(
+        hub,
+        tmp_path,
+        """
+import torch, peft, transformers as hf
+from hf_variational import EVEAdapterConfig, push_to_hub, variationalize
+torch.manual_seed(0)
+config = hf.LlamaConfig(
+    vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2
+)
+base = hf.LlamaForCausalLM(config).eval()
+base.push_to_hub("user/base")
+adapter = peft.get_peft_model(
+    hf.AutoModelForCausalLM.from_pretrained("user/base"), EVEAdapterConfig(layers="last", task_type="CAUSAL_LM")
+).eval()
+push_to_hub(adapter, "user/adapter")  # peft's own puts the Hub's empty form over the card
+model = variationalize(base, layers="last")
+model.push_to_hub("user/retrofit")
+ids = torch.tensor([[1, 5, 9]])
+values = [model(ids).logits]
+for one in (model, adapter):
+    torch.manual_seed(3)
+    values.append(one(ids, num_posterior_samples=2).logits)
+print("RESULT", *(float(value.abs().sum()) for value in values))
+""",
+    )
+    retrofit, adapter = (set(hub.repositories[f"user/{name}"].files()) for name in ("retrofit", "adapter"))
+    assert {"config.json", "model.safetensors", "README.md"} <= retrofit
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= adapter
+    assert (
+        "model.safetensors" not in adapter
+        and "pip install" in hub.repositories["user/adapter"].files()["README.md"].decode()
+    )
+    [found] = run(
+        hub,
+        tmp_path,
+        """
+import torch, hf_variational, transformers as hf
+from peft import AutoPeftModelForCausalLM
+ids = torch.tensor([[1, 5, 9]])
+model = hf.AutoModelForCausalLM.from_pretrained("user/retrofit").eval()
+adapter = AutoPeftModelForCausalLM.from_pretrained("user/adapter").eval()
+values = [model(ids).logits]
+for one in (model, adapter):
+    torch.manual_seed(3)
+    values.append(one(ids, num_posterior_samples=2).logits)
+stock = hf.LlamaForCausalLM.from_pretrained("user/retrofit").eval()
+assert torch.equal(stock(ids).logits, values[0])
+print("RESULT", type(model).__name__, *(float(value.abs().sum()) for value in values))
+""",
+    )
+    assert found[0] == "VariationalLlamaForCausalLM"
+    assert [float(value) for value in found[1:]] == pytest.approx(
+        [float(mean), float(sampled), float(adapted)], rel=1e-5
+    )
