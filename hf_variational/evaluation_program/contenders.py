@@ -8,9 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from ..baselines import EnsembleForCausalLM, mc_dropout, remove_mc_dropout
+from ..baselines.mc_dropout import _rates_of
 from ..evaluation import token_scores
 from ..evaluation.report import Contender
 from ..modeling.configuration_variational_gpt import VariationalGPTConfig
@@ -131,10 +130,7 @@ def _with_dropout(model, samples: int, held, batch_size: int, seed: int) -> Cont
 
 def _has_dropout(model) -> bool:
     """Whether some dropout of the model's own has a rate above 0."""
-    if any(isinstance(module, nn.Dropout) and module.p > 0 for module in model.modules()):
-        return True
-    rates = (value for name, value in model.config.to_dict().items() if "drop" in name)
-    return any(isinstance(rate, float) and rate > 0 for rate in rates)
+    return any(rate > 0 for module in model.modules() for _, rate in _rates_of(module))
 
 
 def training_of(folder: str) -> dict[str, Any]:

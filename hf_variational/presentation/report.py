@@ -62,15 +62,15 @@ def write_report(report: EvaluationReport, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = _figures(report)
+    part = folder / f"{PAGE}.part"
+    part.write_text(render_report(report, figures), encoding="utf-8")
+    os.replace(part, folder / PAGE)
     for name, _, _, _ in FIGURES:
         file = folder / f"{name}.png"
         if name in figures:
             figures[name].savefig(file)
         else:
             file.unlink(missing_ok=True)
-    part = folder / f"{PAGE}.part"
-    part.write_text(render_report(report, figures), encoding="utf-8")
-    os.replace(part, folder / PAGE)
     return folder / PAGE
 
 

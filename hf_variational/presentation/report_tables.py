@@ -184,7 +184,7 @@ def _policies(report: EvaluationReport) -> ReportTable | None:
         for score, found in (sections.get("policies") or {}).items():
             some = found
             guaranteed = Cell("yes" if found["certified"] else "no")
-            numbers = _cells([found["coverage"], found["selective_risk"]])
+            numbers = _cells([found.get("coverage"), found.get("selective_risk")])
             rows.append((f"{name}: {label_of(score)}", [guaranteed, *numbers]))
     if some is None:
         return None
@@ -221,8 +221,8 @@ def _costs(report: EvaluationReport) -> ReportTable | None:
     ]
     shows = [str, _large, _large, _large, _large, format_value, _large]
     note = (
-        "FLOPs are of a token. Seconds are of the pass over the test data, which a tempered contender shares; the peak "
-        "is of one batch, beside the weights."
+        "FLOPs are of a token. Seconds are of the pass over the test data, which a tempered contender shares; the "
+        "peak is of one batch, beside the weights."
     )
     if not any(row[2] for row in values.values()):
         note += " Nobody recorded how many tokens were trained on."

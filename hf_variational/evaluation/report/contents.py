@@ -44,7 +44,7 @@ def quality(
     by_width = reliability_curve(confidence, correct, num_bins)
     found = {
         "nll": number(mean, None if means is None else resamples.interval(means)),
-        "perplexity": number(torch.tensor(mean).exp(), None if means is None else _exp(resamples.interval(means))),
+        "perplexity": number(_exp(mean), None if means is None else [*map(_exp, resamples.interval(means))]),
         "accuracy": number(correct.mean(), resamples.of_mean(correct)),
         "expected_calibration_error": number(
             by_width.expected_error, resamples.of_calibration_error(confidence, correct, num_bins)
@@ -65,8 +65,8 @@ def quality(
     return found
 
 
-def _exp(interval: Interval) -> Interval:
-    return None if interval is None else torch.tensor(interval, dtype=torch.float64).exp().tolist()
+def _exp(value: float) -> float:
+    return float(torch.tensor(value, dtype=torch.float64).exp())
 
 
 def measures(scores: TokenScores, resamples: DocumentResamples) -> Numbers:
@@ -119,12 +119,15 @@ def _selective(scores: TokenScores, combined: CombinedScore | None, unit: str) -
 def policy(
     score: str | CombinedScore, validation: TokenScores, test: TokenScores, num_samples: int, risk: float, delta: float
 ) -> dict:
-    """A threshold fitted on validation data, and what it does to the test data."""
-    fitted = SelectivePolicy(score, target_risk=risk, delta=delta, num_samples=num_samples).fit(validation)
+    """A threshold fitted on validation data, and what it does to the test data; or the reason why none is."""
+    asked = {"target_risk": risk, "delta": delta}
+    try:
+        fitted = SelectivePolicy(score, target_risk=risk, delta=delta, num_samples=num_samples).fit(validation)
+    except ValueError as error:  # as of a part of the validation data where every token is wrong
+        return {**asked, "certified": False, "reason": str(error)}
     result = fitted.apply(test)
     return {
-        "target_risk": risk,
-        "delta": delta,
+        **asked,
         "certified": fitted.certified,
         "threshold": fitted.thresholds.accept,
         "coverage": result.coverage,
