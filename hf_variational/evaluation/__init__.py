@@ -53,6 +53,11 @@ _LAZY = {
     "evaluate_readouts": ".readouts",
     "read_samples": ".readouts",
     "select_readout": ".readouts",
+    "Contender": ".report",
+    "EvaluationReport": ".report",
+    "EvaluationSettings": ".report",
+    "evaluate_model": ".report",
+    "text_rows": ".report",
 }
 
 

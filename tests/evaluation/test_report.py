@@ -431,3 +431,10 @@ def test_windows_that_are_left_out_are_named(model, validation):
     with_front = EvaluationSettings(window_lengths=(1,), num_resamples=5, max_windows=10, prefix=(0,))
     report = report_of(model, validation=validation, ood={"other": other_rows()}, settings=with_front)
     assert report.configuration["windows"] == {"1": 10}
+
+
+def test_long_windows_are_fewer(model, validation, monkeypatch):
+    monkeypatch.setattr("hf_variational.evaluation.report.data._WINDOW_TOKENS", 120)
+    report = report_of(model, validation=validation, ood={"other": other_rows()})
+    assert report.configuration["windows"] == {"4": 30, "8": 15}
+    assert report.configuration["out_of_domain"] == {"other": {"4": 30, "8": 15}}

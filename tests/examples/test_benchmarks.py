@@ -26,6 +26,13 @@ def test_times(load, script, baseline, capsys):
         assert all(row["accelerator"] is None for row in rows.values())
 
 
+def test_the_time_of_a_report(load, capsys):
+    rows = load("evaluation_time").main(["--tiny", "--rounds", "1"])["rows"]
+    assert list(rows) == ["baseline", "one pass of 8 samples", "evaluate_model", "evaluate_model, internal=False"]
+    assert all(row["cpu"]["wall_ratio"] > 0 for row in rows.values())
+    assert "8 passes of one sample" in capsys.readouterr().out
+
+
 def test_costs_of_a_retrofit(load, capsys):
     result = load("retrofit_cost").main(["--tiny", "--rounds", "1"])
     printed = capsys.readouterr().out

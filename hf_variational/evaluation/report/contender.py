@@ -114,7 +114,7 @@ class Measuring:
 
     def _scores(self, contender: Contender, data, temperatures, batch_size: int, classwise=None) -> list[TokenScores]:
         samples = contender.num_posterior_samples
-        internal = bool(samples and getattr(contender.model, "posterior_sites", None))
+        internal = self.settings.internal and bool(samples and getattr(contender.model, "posterior_sites", None))
         return scores_at_temperatures(
             contender.model, data, temperatures, samples, batch_size,
             internal=internal, classwise=classwise, **self.options,

@@ -13,6 +13,7 @@ from .settings import EvaluationSettings
 
 # Fewer documents than this say little of their spread: then sequences are resampled.
 _FEWEST_DOCUMENTS = 10
+_WINDOW_TOKENS = 16_000  # of each text and length
 
 
 @dataclass(frozen=True)
@@ -102,13 +103,14 @@ def _all_windows(test, ood: Mapping, settings: EvaluationSettings) -> tuple[dict
                 "tokenizer puts no token there."
             )
             continue
-        own = short_windows(test, length, settings.prefix, settings.max_windows)
+        limit = min(settings.max_windows, max(1, _WINDOW_TOKENS // length))
+        own = short_windows(test, length, settings.prefix, limit)
         if not own:
             notes.append(f"Windows of {length} tokens are left out: no sequence of the test data has so many.")
             continue
         windows[length] = own
         for text, rows in ood.items():
-            if found := short_windows(rows, length, settings.prefix, settings.max_windows):
+            if found := short_windows(rows, length, settings.prefix, limit):
                 others[text][length] = found
             else:
                 notes.append(f"{text}: windows of {length} tokens are left out, for it has not so many on end.")
