@@ -13,8 +13,8 @@ MODELS = {
 TEMPERED = ", temperature"
 # What a temperature changes among the scores of a window; the other measures are those of the samples.
 MOVED = ("predictive_entropy", "one_minus_confidence", "nll")
-# The likelihood is a score too, but one that has to see the token that came.
-OBSERVED = ("nll", "token_variance")
+# These have to see the token that came.
+OBSERVED = ("nll", "brier", "token_variance")
 
 
 def over_seeds(values: list[float], digits: int = 4) -> str:
