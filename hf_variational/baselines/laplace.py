@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from ..evaluation.language_model import _batches, _take_labels, evaluate_language_model
+from ..evaluation.batches import data_batches, take_labels
+from ..evaluation.language_model import evaluate_language_model
 from ..evaluation.streaming import IGNORED_LABEL
 from ..modeling.objective import shift_targets
 from ..modeling.sample_axis import repeat_rows
@@ -155,7 +156,7 @@ def last_layer_laplace(
     >>> out = model(**inputs, num_posterior_samples=8, output_uncertainty=True)
     ```
     """
-    _check_precision(prior_precision, validation)
+    check_precision(prior_precision, validation)
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     adopt(model, LastLayerLaplaceMixin)
     try:
@@ -210,10 +211,10 @@ def validation_nll(model: PreTrainedModel, validation, batch_size: int, num_post
 
 def take_targets(batch: dict[str, Tensor]) -> Tensor:
     """Takes the labels out of a batch, or makes them: the target of each position, [batch, length]; -100 for none."""
-    return shift_targets(_take_labels(batch))
+    return shift_targets(take_labels(batch))
 
 
-def _check_precision(prior_precision: float | str, validation) -> None:
+def check_precision(prior_precision: float | str, validation) -> None:
     if isinstance(prior_precision, str):
         if prior_precision not in ("marglik", "validation"):
             raise ValueError(
@@ -253,7 +254,7 @@ class _HeadInputs:
         pad_token_id = getattr(model.config, "pad_token_id", None) or 0
         self.batches = [
             {name: value for name, value in batch.items() if isinstance(value, Tensor)}
-            for batch in _batches(data, batch_size, pad_token_id, None)
+            for batch in data_batches(data, batch_size, pad_token_id, None)
         ]
         self.dataset = range(sum(int((take_targets(dict(batch)) != IGNORED_LABEL).sum()) for batch in self.batches))
         if not self.dataset:

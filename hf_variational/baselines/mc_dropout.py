@@ -125,11 +125,11 @@ def _own_dropouts(model: PreTrainedModel) -> set[nn.Module]:
     # Attention of some families hands the rate of a dropout module of its own to the kernel, and so asks its own mode.
     inside = [module for layer in layers_of(model) for module in layer.module.modules()]
     holders = {module for module in inside if any(child in dropouts for child in module.children())}
-    functional = {module for module in model.modules() if any(value > 0 for _, value in _rates_of(module))}
+    functional = {module for module in model.modules() if any(value > 0 for _, value in dropout_rates(module))}
     return dropouts | holders | functional if dropouts or functional else set()
 
 
-def _rates_of(module: nn.Module) -> list[tuple[str, float]]:
+def dropout_rates(module: nn.Module) -> list[tuple[str, float]]:
     """The names and values of a module's own rates, of which `F.dropout` or an attention kernel is told."""
     if isinstance(module, _DropoutNd):
         return [("p", module.p)]
@@ -145,7 +145,7 @@ def _set_rates(model: PreTrainedModel, dropouts: set[nn.Module], rate: float) ->
             f"{model.config.hidden_dropout}: set that to 0 or to the rate first."
         )
     for module in dropouts:
-        for name, before in _rates_of(module):
+        for name, before in dropout_rates(module):
             model._rates.append((module, name, before))
             setattr(module, name, rate)
 

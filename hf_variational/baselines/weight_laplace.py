@@ -21,10 +21,10 @@ from torch.nn import functional as F
 from torch.nn.utils import vector_to_parameters
 from transformers import PreTrainedModel
 
-from ..evaluation.language_model import _batches
+from ..evaluation.batches import data_batches
 from ..evaluation.streaming import IGNORED_LABEL
 from .ensemble import EnsembleForCausalLM
-from .laplace import CurvatureInterface, DiagLaplace, _check_precision, chosen_precision, take_targets, validation_nll
+from .laplace import CurvatureInterface, DiagLaplace, check_precision, chosen_precision, take_targets, validation_nll
 
 
 class SequenceFisher(CurvatureInterface):
@@ -84,7 +84,7 @@ def diagonal_laplace(
     >>> out = ensemble(**inputs, output_uncertainty=True)
     ```
     """
-    _check_precision(prior_precision, validation)
+    check_precision(prior_precision, validation)
     logits = _Logits(copy.deepcopy(model).eval())
     laplace = DiagLaplace(logits, "classification", backend=SequenceFisher)
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -125,7 +125,7 @@ class _Sequences:
     def __init__(self, model: PreTrainedModel, data):
         pad_token_id = getattr(model.config, "pad_token_id", None) or 0
         self.pairs = []
-        for batch in _batches(data, 1, pad_token_id, None):
+        for batch in data_batches(data, 1, pad_token_id, None):
             batch = {name: value for name, value in batch.items() if isinstance(value, Tensor)}
             mask = batch.get("attention_mask")
             if mask is not None and bool((mask[:, 0] == 0).any()):

@@ -18,10 +18,10 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from ..modeling.predictive import measures_of_log_probabilities
-from .language_model import _batches, _check_whole, _evaluating, _take_labels
-from .predictions import _check_numbers
+from .batches import check_whole, data_batches, evaluating, take_labels
+from .predictions import check_numbers
 from .statistics import Estimate, over_seeds
-from .streaming import _BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, _shifted
+from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, shifted_labels
 
 SAMPLE_NUMBERS = (1, 2, 4, 8, 16, 32)
 
@@ -103,13 +103,13 @@ def sample_convergence(
     >>> print(convergence.estimates("mutual_information")[8], convergence.bias("mutual_information")[8])
     ```
     """
-    _check_whole("repeats", repeats, 1)
-    _check_whole("batch_size", batch_size, 1)
+    check_whole("repeats", repeats, 1)
+    check_whole("batch_size", batch_size, 1)
     sizes = sorted(set(samples))
     if not sizes:
         raise ValueError("`samples` is empty: name the numbers of posterior samples.")
     for size in sizes:
-        _check_whole("samples", size, 1)
+        check_whole("samples", size, 1)
     if not getattr(getattr(model, "module", model), "variational_layers", None):
         raise ValueError(f"{type(model).__name__} has no posterior samples: there is nothing that converges.")
     if not (isinstance(data, DataLoader) or hasattr(data, "__getitem__")):
@@ -155,23 +155,23 @@ def _each_sampled_prediction(
     """Calls `visit` with the samples' log-probabilities, [S, n, vocab], and the targets, [n], of every block."""
     config = getattr(model, "module", model).config
     device = next(model.parameters()).device
-    batches = _batches(data, batch_size, getattr(config, "pad_token_id", None) or 0, None)
+    batches = data_batches(data, batch_size, getattr(config, "pad_token_id", None) or 0, None)
     options = {"num_posterior_samples": num_samples, "output_sample_logits": True, "use_cache": False}
     sequences = tokens = 0
-    with _evaluating(model, True, device), tqdm(total=len(batches), desc=description, disable=not progress) as bar:
+    with evaluating(model, True, device), tqdm(total=len(batches), desc=description, disable=not progress) as bar:
         batches = iter(batches)
         torch.manual_seed(seed)
         for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = _shifted(_take_labels(batch))
+            targets = shifted_labels(take_labels(batch))
             log_p = model(**batch, **options).sample_logits
             targets = targets.to(log_p.device)
             rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
-            step = max(1, _BLOCK_ENTRIES // (num_samples * log_p.shape[-1]))
+            step = max(1, BLOCK_ENTRIES // (num_samples * log_p.shape[-1]))
             for start in range(0, rows.numel(), step):
                 here = rows[start : start + step], places[start : start + step]
                 block = log_p[here[0], :, here[1]]
-                _check_numbers(block.flatten(0, 1), here[0].repeat_interleave(num_samples), number, sequences)
+                check_numbers(block.flatten(0, 1), here[0].repeat_interleave(num_samples), number, sequences)
                 visit(block.transpose(0, 1), targets[here])
             sequences += targets.shape[0]
             tokens += rows.numel()

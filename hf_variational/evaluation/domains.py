@@ -7,7 +7,7 @@ of the other text scores higher, 0.5 for a score that says nothing. For wrong to
 
 from collections.abc import Iterable, Mapping
 
-from .language_model import _check_whole
+from .batches import check_whole
 from .ranking import auroc
 from .token_scores import TokenScores, token_scores
 
@@ -38,9 +38,9 @@ def token_windows(
     Raises:
         ValueError: if no text is as long as a window.
     """
-    _check_whole("length", length, 1)
+    check_whole("length", length, 1)
     if max_windows is not None:
-        _check_whole("max_windows", max_windows, 1)
+        check_whole("max_windows", max_windows, 1)
     texts = [texts] if isinstance(texts, str) else list(texts)
     prefix = text_prefix(tokenizer) if prefix is None else list(prefix)
     if len(prefix) + length < 2:

@@ -1,82 +1,14 @@
 """One call that evaluates a causal language model: its posterior samples and its mean pass, on the same batches."""
 
-import contextlib
-from collections.abc import Iterable, Mapping
-
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .streaming import IGNORED_LABEL, StreamingEvaluation, mask_repeated_rows
+from .batches import check_whole, data_batches, evaluating, take_labels
+from .streaming import StreamingEvaluation, mask_repeated_rows
 
 logger = logging.get_logger(__name__)
-
-
-def _check_whole(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` is a whole number of at least {least}, got {value!r}.")
-
-
-def _collate(examples: list, pad_token_id: int) -> dict[str, Tensor]:
-    """Pads on the right; takes dictionaries with `input_ids`, or bare sequences of token ids."""
-    examples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]
-    length = max(len(example["input_ids"]) for example in examples)
-    batch = {}
-    for name, padding in (("input_ids", pad_token_id), ("attention_mask", 0), ("labels", IGNORED_LABEL)):
-        if name == "labels" and "labels" not in examples[0]:
-            continue
-        batch[name] = torch.full((len(examples), length), padding, dtype=torch.long)
-        for row, example in enumerate(examples):
-            values = torch.as_tensor(example.get(name, [1] * len(example["input_ids"])), dtype=torch.long)
-            batch[name][row, : len(values)] = values
-    return batch
-
-
-def _batches(data, batch_size: int, pad_token_id: int, accelerator) -> Iterable[Mapping]:
-    if isinstance(data, DataLoader) or not hasattr(data, "__getitem__"):
-        return data
-    indices = range(len(data))
-    if accelerator is not None:
-        # every process its own share, without repeated rows
-        indices = indices[accelerator.process_index :: accelerator.num_processes]
-    return DataLoader(
-        [data[index] for index in indices] if isinstance(data, list) else torch.utils.data.Subset(data, indices),
-        batch_size=batch_size,
-        collate_fn=lambda examples: _collate(examples, pad_token_id),
-    )
-
-
-def _take_labels(batch: dict[str, Tensor]) -> Tensor:
-    """Takes the labels out of a batch, or makes them; what would be predicted from padding has none."""
-    labels = batch.pop("labels", None)
-    attended = batch.get("attention_mask")
-    attended = None if attended is None or attended.dim() != 2 else attended.ne(0)
-    if labels is None:
-        labels = batch["input_ids"]
-        if attended is not None:
-            labels = labels.masked_fill(~attended, IGNORED_LABEL)
-    if attended is None:
-        return labels
-    # Of a sequence that is padded on the left the first token follows a position that saw nothing.
-    from_padding = torch.nn.functional.pad(~attended[:, :-1], (1, 0), value=False)
-    return labels.masked_fill(from_padding, IGNORED_LABEL)
-
-
-@contextlib.contextmanager
-def _evaluating(model, keep_generator: bool, device: torch.device):
-    training = {module: module.training for module in model.modules()}
-    devices = [device] if device.type != "cpu" else []
-    kind = device.type if devices else "cuda"
-    fork = torch.random.fork_rng(devices=devices, device_type=kind, enabled=keep_generator)
-    try:
-        model.eval()
-        with torch.no_grad(), fork:
-            yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def evaluate_language_model(
@@ -124,10 +56,10 @@ def evaluate_language_model(
     >>> result["samples"]["nll"], result["mean_pass"]["nll"]
     ```
     """
-    _check_whole("num_posterior_samples", num_posterior_samples, 0)
-    _check_whole("batch_size", batch_size, 1)
+    check_whole("num_posterior_samples", num_posterior_samples, 0)
+    check_whole("batch_size", batch_size, 1)
     if max_batches is not None:
-        _check_whole("max_batches", max_batches, 1)
+        check_whole("max_batches", max_batches, 1)
 
     inner = getattr(model, "module", model)
     variational = bool(getattr(inner, "variational_layers", None))
@@ -140,7 +72,7 @@ def evaluate_language_model(
 
     device = next(model.parameters()).device
     pad_token_id = getattr(inner.config, "pad_token_id", None) or 0
-    batches = _batches(data, batch_size, pad_token_id, accelerator)
+    batches = data_batches(data, batch_size, pad_token_id, accelerator)
     total = len(batches) if hasattr(batches, "__len__") else None
     if max_batches is not None:
         total = max_batches if total is None else min(total, max_batches)
@@ -149,7 +81,7 @@ def evaluate_language_model(
     if seed is not None and accelerator is not None:
         seed = seed + accelerator.process_index
 
-    with _evaluating(model, seed is not None, device), tqdm(total=total, desc="Evaluating", disable=not show) as bar:
+    with evaluating(model, seed is not None, device), tqdm(total=total, desc="Evaluating", disable=not show) as bar:
         # a data loader draws from the generator when it starts: seeded after that, the noise is the same for all
         batches = iter(batches)
         if seed is not None:
@@ -159,7 +91,7 @@ def evaluate_language_model(
                 complete = False
                 break
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            labels = _take_labels(batch)
+            labels = take_labels(batch)
             if accelerator is not None and hasattr(data, "end_of_dataloader"):
                 labels = mask_repeated_rows(labels, accelerator)
             extra = {"num_posterior_samples": 0} if variational else {}

@@ -8,8 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .language_model import _batches, _check_whole, _evaluating, _take_labels
-from .streaming import _BLOCK_ENTRIES, IGNORED_LABEL, MEASURE_NAMES, _shifted
+from .batches import check_whole, data_batches, evaluating, take_labels
+from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, MEASURE_NAMES, shifted_labels
 
 logger = logging.get_logger(__name__)
 
@@ -71,23 +71,23 @@ def each_prediction(
     Raises:
         ValueError: if no position of the data has a target, or logits are NaN (the error names batch and row).
     """
-    _check_whole("num_posterior_samples", num_posterior_samples, 0)
-    _check_whole("batch_size", batch_size, 1)
+    check_whole("num_posterior_samples", num_posterior_samples, 0)
+    check_whole("batch_size", batch_size, 1)
     inner = getattr(model, "module", model)
     variational = bool(getattr(inner, "variational_layers", None))
     options = {"num_posterior_samples": num_posterior_samples} if variational else {}
     measures = measures and bool(options.get("num_posterior_samples"))
     if measures:
         options["output_uncertainty"] = True
-    internal = internal and _has_posteriors(inner)
+    internal = internal and has_posteriors(inner)
     if internal:
         options["output_posteriors"] = True
     device = next(model.parameters()).device
-    batches = _batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
+    batches = data_batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
     total = len(batches) if hasattr(batches, "__len__") else None
     sequences = tokens = 0
     with (
-        _evaluating(model, seed is not None, device),
+        evaluating(model, seed is not None, device),
         tqdm(total=total, desc=description, disable=not progress) as bar,
     ):
         batches = iter(batches)
@@ -95,7 +95,7 @@ def each_prediction(
             torch.manual_seed(seed)
         for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = _shifted(_take_labels(batch))
+            targets = shifted_labels(take_labels(batch))
             out = model(**batch, **options, use_cache=False)
             columns = {
                 "targets": targets,
@@ -123,7 +123,7 @@ def _positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
     return places.roll(-1, dims=-1)
 
 
-def _has_posteriors(model) -> bool:
+def has_posteriors(model) -> bool:
     if getattr(model, "posterior_sites", None):
         return True
     logger.warning(
@@ -148,11 +148,11 @@ def _internal(out) -> dict[str, Tensor]:
 def _visit_blocks(logits: Tensor, columns: dict, batch: int, first: int, visit) -> int:
     """Cuts a batch, the `batch`-th of the data with `first` sequences before it, into blocks of scored positions."""
     rows, places = (columns["targets"].to(logits.device) != IGNORED_LABEL).nonzero(as_tuple=True)
-    step = max(1, _BLOCK_ENTRIES // logits.shape[-1])
+    step = max(1, BLOCK_ENTRIES // logits.shape[-1])
     for start in range(0, rows.numel(), step):
         here = rows[start : start + step], places[start : start + step]
         log_probabilities = logits[here].float().log_softmax(-1)
-        _check_numbers(log_probabilities, here[0], batch, first)
+        check_numbers(log_probabilities, here[0], batch, first)
         visit(
             Predictions(
                 sequences=here[0] + first,
@@ -170,7 +170,7 @@ def _picked(columns: dict, here: tuple[Tensor, Tensor]) -> dict:
     }
 
 
-def _check_numbers(log_probabilities: Tensor, rows: Tensor, batch: int, first: int) -> None:
+def check_numbers(log_probabilities: Tensor, rows: Tensor, batch: int, first: int) -> None:
     # One NaN or infinite logit makes the whole distribution NaN: a column of it is enough to see that.
     broken = log_probabilities[:, 0].isnan()
     if bool(broken.any()):

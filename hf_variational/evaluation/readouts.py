@@ -22,9 +22,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..modeling.predictive import log_mean_exp, widen
-from .language_model import _batches, _check_whole, _evaluating, _take_labels
-from .predictions import _check_numbers
-from .streaming import _BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, _shifted
+from .batches import check_whole, data_batches, evaluating, take_labels
+from .predictions import check_numbers
+from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, shifted_labels
 from .temperature import check_temperature
 
 MEAN_PROBABILITY = "mean_probability"
@@ -259,8 +259,8 @@ def _scores(readout: str, temperature: float, evaluation: StreamingEvaluation) -
 
 def _each_block(model, data, visit, num_samples: int, batch_size: int, seed: int, progress: bool) -> None:
     """Calls `visit` with log p_s [n, S, vocab] and targets [n], a few million numbers at a time."""
-    _check_whole("num_posterior_samples", num_samples, 1)
-    _check_whole("batch_size", batch_size, 1)
+    check_whole("num_posterior_samples", num_samples, 1)
+    check_whole("batch_size", batch_size, 1)
     inner = getattr(model, "module", model)
     if not getattr(inner, "variational_layers", None):
         raise ValueError(
@@ -268,26 +268,26 @@ def _each_block(model, data, visit, num_samples: int, batch_size: int, seed: int
             "deterministic model there is fit_temperature."
         )
     device = next(model.parameters()).device
-    batches = _batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
+    batches = data_batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
     total = len(batches) if hasattr(batches, "__len__") else None
     sequences = 0
     with (
-        _evaluating(model, True, device),
+        evaluating(model, True, device),
         tqdm(total=total, desc="Reading out", disable=not progress) as bar,
     ):
         batches = iter(batches)
         torch.manual_seed(seed)
         for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = _shifted(_take_labels(batch))
+            targets = shifted_labels(take_labels(batch))
             samples = model(
                 **batch, num_posterior_samples=num_samples, output_sample_logits=True, use_cache=False
             ).sample_logits
             rows, places = (targets.to(samples.device) != IGNORED_LABEL).nonzero(as_tuple=True)
-            step = max(1, _BLOCK_ENTRIES // (samples.shape[1] * samples.shape[-1]))
+            step = max(1, BLOCK_ENTRIES // (samples.shape[1] * samples.shape[-1]))
             for here in zip(rows.split(step), places.split(step), strict=True):
                 log_p = samples[here[0], :, here[1]].float()
-                _check_numbers(log_p[..., 0].sum(1, keepdim=True), here[0], number, sequences)
+                check_numbers(log_p[..., 0].sum(1, keepdim=True), here[0], number, sequences)
                 visit(log_p, targets.to(samples.device)[here])
             sequences += targets.shape[0]
             del samples

@@ -10,7 +10,7 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 from .ranking import risk_coverage_curve
-from .token_scores import _OF_THE_TARGET, TokenScores
+from .token_scores import OF_THE_TARGET, TokenScores
 
 # What is accepted or not, and what is independent of what: a token, or a sequence.
 UNITS = ("token", "sequence")
@@ -155,7 +155,7 @@ def risk_coverages(
     """[`RiskCoverage`] of every score in the table that does not look at the target, by name; with the combined one,
     if it is given, as `"combination"`.
     """
-    chosen: dict[str, str | CombinedScore] = {name: name for name in scores.values if name not in _OF_THE_TARGET}
+    chosen: dict[str, str | CombinedScore] = {name: name for name in scores.values if name not in OF_THE_TARGET}
     if combined is not None:
         chosen[COMBINATION] = combined
     return {name: RiskCoverage.of(scores, score, unit=unit, loss=loss) for name, score in chosen.items()}
@@ -169,8 +169,8 @@ def score_values(scores: TokenScores, score: str | CombinedScore) -> Tensor:
     """
     if isinstance(score, CombinedScore):
         return score(scores)
-    usable = [name for name in scores.values if name not in _OF_THE_TARGET]
-    if score in _OF_THE_TARGET:
+    usable = [name for name in scores.values if name not in OF_THE_TARGET]
+    if score in OF_THE_TARGET:
         raise ValueError(f"{score!r} looks at the target, so it is not there when a decision is made: {usable}.")
     if score not in scores.values:
         raise ValueError(f"These token scores have no {score!r}; they have {usable}.")

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .language_model import _check_whole
+from .batches import check_whole
 from .risk_control import betting_p_value, binomial_p_value, fixed_sequence, growth_optimal_bet
 from .selective import COMBINATION, UNITS, CombinedScore, in_units, score_values
 from .token_scores import TokenScores
@@ -124,10 +124,10 @@ class SelectivePolicy:
                 raise ValueError(f"`{name}` is one of {', '.join(UNITS)}, got {getattr(self, name)!r}.")
         if self.decide == "sequence" and self.unit == "token":
             raise ValueError("A decision about whole sequences is tested on sequences: give unit='sequence'.")
-        _check_whole("num_samples", self.num_samples, 0)
-        _check_whole("num_thresholds", self.num_thresholds, 1)
+        check_whole("num_samples", self.num_samples, 0)
+        check_whole("num_thresholds", self.num_thresholds, 1)
         if self.num_more_samples is not None:
-            _check_whole("num_more_samples", self.num_more_samples, 1)
+            check_whole("num_more_samples", self.num_more_samples, 1)
 
     def fit(self, validation: TokenScores, more: TokenScores | None = None) -> "FittedSelectivePolicy":
         """Chooses the thresholds with the largest coverage that are certified to keep the risk.

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .predictions import INTERNAL_NAMES, _has_posteriors
+from .predictions import INTERNAL_NAMES, has_posteriors
 from .shift_slices import score_metrics
 from .statistics import CORRELATIONS, Estimate, correlation
 from .streaming import IGNORED_LABEL
@@ -207,7 +207,7 @@ def corruption_sweep(
     documents = _places(documents, len(rows))
     if not rates or not kinds:
         raise ValueError(f"A sweep takes rates and kinds of corruption, got {list(rates)} and {list(kinds)}.")
-    internal = _has_posteriors(getattr(model, "module", model))
+    internal = has_posteriors(getattr(model, "module", model))
 
     def scored(kind: str, rate: float) -> TokenScores:
         corrupted = corrupt(rows, rate, kind, tokenizer=tokenizer, seed=seed)

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .language_model import _check_whole
+from .batches import check_whole
 from .predictions import INTERNAL_NAMES
 from .token_scores import TokenScores
 
@@ -90,7 +90,7 @@ def context_slices(scores: TokenScores, boundary: int | None = None) -> dict[str
     _check_tokens(scores)
     if boundary is None:
         boundary = int(scores.positions.median())
-    _check_whole("boundary", boundary, 1)
+    check_whole("boundary", boundary, 1)
     return _parts(scores, (scores.positions > boundary).long(), CONTEXTS)
 
 

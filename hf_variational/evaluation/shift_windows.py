@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from transformers.utils import logging
 
+from .batches import check_whole
 from .domains import text_prefix, token_windows
-from .language_model import _check_whole
-from .predictions import _has_posteriors
+from .predictions import has_posteriors
 from .ranking import detection
 from .token_scores import TokenScores, token_scores
 
@@ -46,7 +46,7 @@ def ood_windows(
         if not any(part.strip() for part in parts):
             raise ValueError(f"The text {name!r} is empty: there is no window to cut from it.")
     if max_windows is not None:
-        _check_whole("max_windows", max_windows, 1)
+        check_whole("max_windows", max_windows, 1)
     prefix = text_prefix(tokenizer) if prefix is None else list(prefix)
     found: dict[int, dict[str, list[list[int]]]] = {}
     for length in _predictable(lengths, prefix):
@@ -65,7 +65,7 @@ def ood_windows(
 def _predictable(lengths: Sequence[int], prefix: list[int]) -> list[int]:
     """The lengths whose windows have a token to predict."""
     for length in lengths:
-        _check_whole("length", length, 1)
+        check_whole("length", length, 1)
     if prefix or 1 not in lengths:
         return list(lengths)
     logger.warning(
@@ -128,7 +128,7 @@ def evaluate_ood(
     """
     if not others:
         raise ValueError("`others` is empty: there is no text to tell from the domain's own.")
-    options = {"internal": _has_posteriors(getattr(model, "module", model)), "temperature": temperature}
+    options = {"internal": has_posteriors(getattr(model, "module", model)), "temperature": temperature}
     options |= {"seed": seed, "progress": progress}
     prefix = text_prefix(tokenizer) if prefix is None else list(prefix)
     lengths = _predictable(lengths, prefix)

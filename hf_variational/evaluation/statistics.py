@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 from transformers.utils import logging
 
-from .language_model import _check_whole
+from .batches import check_whole
 
 logger = logging.get_logger(__name__)
 
@@ -165,7 +165,7 @@ def bootstrap_documents(
     ```
     """
     _check_confidence(confidence)
-    _check_whole("num_resamples", num_resamples, 2)
+    check_whole("num_resamples", num_resamples, 2)
     place = _places(documents)
     order = np.argsort(place, kind="stable")
     sizes = np.bincount(place)
@@ -244,7 +244,7 @@ def _of_mean(values: np.ndarray, confidence: float, interval: str, num_resamples
 
 
 def _bootstrap(columns: tuple, statistic, confidence: float, num_resamples: int, seed: int):
-    _check_whole("num_resamples", num_resamples, 2)
+    check_whole("num_resamples", num_resamples, 2)
     return stats.bootstrap(
         columns,
         statistic,

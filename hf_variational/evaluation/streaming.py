@@ -32,16 +32,16 @@ METRIC_NAMES = (
     "num_tokens",
 )
 # Entries of a float32 block of logits (16 MiB): small beside any model, large enough that the loop costs nothing.
-_BLOCK_ENTRIES = 2**22
+BLOCK_ENTRIES = 2**22
 
 
-def _shifted(labels: Tensor) -> Tensor:
+def shifted_labels(labels: Tensor) -> Tensor:
     return torch.nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORED_LABEL)
 
 
 def _token_scores(logits: Tensor, rows: Tensor, columns: Tensor, targets: Tensor, entropy: bool) -> Iterator[tuple]:
     """Negative log-likelihood, confidence, correctness and entropy (or None) of the positions, block by block."""
-    block = max(1, _BLOCK_ENTRIES // logits.shape[-1])
+    block = max(1, BLOCK_ENTRIES // logits.shape[-1])
     for start in range(0, targets.numel(), block):
         part = slice(start, start + block)
         values = logits[rows[part], columns[part]].float()
@@ -123,7 +123,7 @@ class StreamingEvaluation:
                 "Expected log-probabilities [batch, length, vocab] and labels [batch, length], got "
                 f"{tuple(log_probabilities.shape)} and {tuple(labels.shape)}."
             )
-        targets = labels if shifted else _shifted(labels)
+        targets = labels if shifted else shifted_labels(labels)
         targets = targets.to(log_probabilities.device)
         rows, columns = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
         chosen = targets[rows, columns]

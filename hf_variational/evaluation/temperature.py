@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers.utils import logging
 
 from .predictions import Predictions, each_prediction
-from .streaming import _BLOCK_ENTRIES
+from .streaming import BLOCK_ENTRIES
 
 logger = logging.get_logger(__name__)
 
@@ -80,7 +80,7 @@ def optimal_temperature(log_probabilities: Tensor, targets: Tensor) -> FittedTem
             "Expected log-probabilities [n, vocab] and targets [n] with n of at least 1, got "
             f"{tuple(log_probabilities.shape)} and {tuple(targets.shape)}."
         )
-    step = max(1, _BLOCK_ENTRIES // log_probabilities.shape[-1])
+    step = max(1, BLOCK_ENTRIES // log_probabilities.shape[-1])
     blocks = list(zip(log_probabilities.split(step), targets.split(step), strict=True))
     return _minimise(lambda beta: sum(_sums(*block, beta) for block in blocks))
 

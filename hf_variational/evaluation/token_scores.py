@@ -15,7 +15,7 @@ from .temperature import check_temperature, temper
 # After the measures of the samples, what the predictive distribution alone says.
 SCORE_NAMES = (*MEASURE_NAMES, "one_minus_confidence", "nll", "brier")
 # These look at the token that came, so they cannot tell beforehand that a prediction is wrong.
-_OF_THE_TARGET = ("token_variance", "nll", "brier")
+OF_THE_TARGET = ("token_variance", "nll", "brier")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class TokenScores:
         return {
             name: auroc(values[self.correct], values[~self.correct])
             for name, values in self.values.items()
-            if name not in _OF_THE_TARGET
+            if name not in OF_THE_TARGET
         }
 
     def evaluation(self, num_bins: int = 15) -> StreamingEvaluation:

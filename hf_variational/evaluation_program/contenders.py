@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..baselines import EnsembleForCausalLM, mc_dropout, remove_mc_dropout
-from ..baselines.mc_dropout import _rates_of
+from ..baselines.mc_dropout import dropout_rates
 from ..evaluation import token_scores
 from ..evaluation.report import Contender
 from ..modeling.configuration_variational_gpt import VariationalGPTConfig
@@ -130,7 +130,7 @@ def _with_dropout(model, samples: int, held, batch_size: int, seed: int) -> Cont
 
 def _has_dropout(model) -> bool:
     """Whether some dropout of the model's own has a rate above 0."""
-    return any(rate > 0 for module in model.modules() for _, rate in _rates_of(module))
+    return any(rate > 0 for module in model.modules() for _, rate in dropout_rates(module))
 
 
 def training_of(folder: str) -> dict[str, Any]:

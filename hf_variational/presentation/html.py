@@ -16,7 +16,7 @@ from .tokens import AnnotatedText, Chunk
 __all__ = ["render_page", "write_page"]
 
 
-def _environment() -> Environment:
+def template_environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("hf_variational.presentation", "templates"), autoescape=True, undefined=StrictUndefined
     )
@@ -99,7 +99,7 @@ def render_page(
         for m in present
     ]
     return (
-        _environment()
+        template_environment()
         .get_template("page.html.j2")
         .render(
             title=title,

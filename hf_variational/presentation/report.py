@@ -13,7 +13,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..evaluation.report import EvaluationReport
-from .html import _environment
+from .html import template_environment
 from .plots import GRID, INK
 from .report_plots import FIGURES
 from .report_tables import page_tables
@@ -38,7 +38,7 @@ def render_report(report: EvaluationReport, figures: dict[str, Figure] | None = 
             )
     configuration = report.configuration
     return (
-        _environment()
+        template_environment()
         .get_template("report.html.j2")
         .render(
             title=f"Evaluation of {report.model}",

@@ -187,7 +187,7 @@ def test_scores_of_the_mean_pass_against_brute_force():
 
 @pytest.mark.parametrize("block", [1, 40, 10_000])
 def test_scores_of_samples_are_the_measures(block, monkeypatch):
-    monkeypatch.setattr(predictions, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(predictions, "BLOCK_ENTRIES", block)
     model, data = Bigram(), [row for row in rows() if len(row) == 9]
     scores = token_scores(model, data, 3, batch_size=100, seed=5, progress=False)
     assert tuple(scores.values) == SCORE_NAMES

@@ -167,7 +167,7 @@ def numbers(table):
 
 @pytest.mark.parametrize("batch_size, block", [(1, 2**22), (8, 2**22), (8, 50), (20, 1)])
 def test_the_pass_is_the_naive_computation_whatever_the_batches_and_blocks(monkeypatch, batch_size, block):
-    monkeypatch.setattr(readouts, "_BLOCK_ENTRIES", block)
+    monkeypatch.setattr(readouts, "BLOCK_ENTRIES", block)
     model = Bigram()
     found = numbers(evaluate_readouts(model, rows(), 5, batch_size, progress=False))
     expected = naive(model, rows(), 5)

@@ -131,7 +131,7 @@ def test_batching_blocks_and_merging_change_nothing(cuts, block, seed, dtype):
     edges = [0, *sorted(set(cuts)), 8]
     parts = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(streaming, "_BLOCK_ENTRIES", block)
+        patch.setattr(streaming, "BLOCK_ENTRIES", block)
         for low, high in itertools.pairwise(edges):
             part = StreamingEvaluation()
             part.update(
@@ -160,7 +160,7 @@ def test_the_given_labels_may_be_shifted_already():
 
 
 def test_the_float32_copies_stay_small(monkeypatch):
-    monkeypatch.setattr(streaming, "_BLOCK_ENTRIES", 64)
+    monkeypatch.setattr(streaming, "BLOCK_ENTRIES", 64)
     seen = []
     original = torch.Tensor.float
     monkeypatch.setattr(torch.Tensor, "float", lambda self: seen.append(self.numel()) or original(self))

@@ -169,7 +169,7 @@ def test_of_a_model():
 
 @pytest.mark.parametrize("samples", [0, 4])
 def test_what_does_not_fit_is_computed_again_with_the_same_noise(samples, monkeypatch):
-    monkeypatch.setattr(predictions, "_BLOCK_ENTRIES", 5 * VOCAB)
+    monkeypatch.setattr(predictions, "BLOCK_ENTRIES", 5 * VOCAB)
     model, data = Bigram(), rows()
     state = torch.get_rng_state()
     kept = fit_temperature(model, data, samples, progress=False)

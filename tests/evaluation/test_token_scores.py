@@ -178,7 +178,7 @@ class Table(nn.Module):
 
 @pytest.mark.parametrize("block", [1, 40, 2**22])
 def test_classwise_in_the_same_pass(model, block, monkeypatch):
-    monkeypatch.setattr("hf_variational.evaluation.predictions._BLOCK_ENTRIES", block)
+    monkeypatch.setattr("hf_variational.evaluation.predictions.BLOCK_ENTRIES", block)
     data = rows()
     found = [ClasswiseCalibration(5), ClasswiseCalibration(5)]
     tables = scores_at_temperatures(model, data, [1.0, 2.0], 0, classwise=found, progress=False)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ..batches import data_batches
 from ..calibration import ClasswiseCalibration
-from ..language_model import _batches
 from ..readouts import select_readout
 from ..selective import CombinedScore
 from ..shift import corruption_sweep
@@ -162,7 +162,7 @@ class Measuring:
             return {"parameters": sum(parameter.numel() for parameter in model.parameters())}, {}
         device = next(model.parameters()).device
         padding = getattr(model.config, "pad_token_id", None) or 0
-        batch = next(iter(_batches(self.data.test, self.settings.batch_size, padding, None)))
+        batch = next(iter(data_batches(self.data.test, self.settings.batch_size, padding, None)))
         inputs = {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
         measured = self.cost(model, inputs, contender.num_posterior_samples)
         values = asdict(measured) if is_dataclass(measured) else dict(measured)

@@ -16,7 +16,7 @@ from ..selective_policy import SelectivePolicy
 from ..shift import CorruptionSweep
 from ..shift_slices import context_slices, frequency_slices, score_metrics
 from ..streaming import MEASURE_NAMES
-from ..token_scores import _OF_THE_TARGET, TokenScores
+from ..token_scores import OF_THE_TARGET, TokenScores
 from .resamples import DocumentResamples, Interval, window_auroc_interval
 
 Numbers = dict[str, dict]
@@ -79,7 +79,7 @@ def measures(scores: TokenScores, resamples: DocumentResamples) -> Numbers:
 
 def ranked_scores(scores: TokenScores, combined: CombinedScore | None) -> dict[str, Tensor]:
     """The scores that can be read before the token comes, by name."""
-    found = {name: score_values(scores, name) for name in scores.values if name not in _OF_THE_TARGET}
+    found = {name: score_values(scores, name) for name in scores.values if name not in OF_THE_TARGET}
     return found if combined is None else {**found, "combination": combined(scores)}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..language_model import _check_whole
+from ..batches import check_whole
 from .contender import Column, Measuring
 from .data import ReportData
 from .report import EvaluationReport
@@ -83,7 +83,7 @@ def evaluate_model(
     ```
     """
     settings = settings or EvaluationSettings()
-    _check_whole("num_posterior_samples", num_posterior_samples, 0)
+    check_whole("num_posterior_samples", num_posterior_samples, 0)
     data = ReportData.prepare(dataset, validation, ood or {}, settings)
     contenders = _contenders(model, name, num_posterior_samples, baselines, training or {}, data.validation)
     measuring = Measuring(data, settings, seed, progress, cost)

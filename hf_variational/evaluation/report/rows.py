@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from ..batches import check_whole
 from ..domains import text_prefix
-from ..language_model import _check_whole
 from ..streaming import IGNORED_LABEL
 
 
@@ -59,7 +59,7 @@ def text_rows(
         ValueError: if no sequence has `shortest` tokens.
     """
     prefix = text_prefix(tokenizer)
-    _check_whole("length", length, len(prefix) + 2)
+    check_whole("length", length, len(prefix) + 2)
     rows: list[dict] = []
     numbers = itertools.count() if documents is None else documents
     for text, document in zip(texts, numbers, strict=False):

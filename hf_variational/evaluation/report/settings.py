@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..language_model import _check_whole
+from ..batches import check_whole
 from ..shift_windows import WINDOW_LENGTHS
 
 
@@ -62,10 +62,10 @@ class EvaluationSettings:
 
     def __post_init__(self):
         for name in ("batch_size", "max_windows", "num_bins", "max_corrupted"):
-            _check_whole(name, getattr(self, name), 1)
-        _check_whole("num_resamples", self.num_resamples, 2)
+            check_whole(name, getattr(self, name), 1)
+        check_whole("num_resamples", self.num_resamples, 2)
         for length in self.window_lengths:
-            _check_whole("window_lengths", length, 1)
+            check_whole("window_lengths", length, 1)
         if not 0 <= self.validation_fraction < 1:
             raise ValueError(f"`validation_fraction` is a share in [0, 1), got {self.validation_fraction!r}.")
         for name in ("target_risk", "delta"):
