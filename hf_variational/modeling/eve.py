@@ -9,7 +9,8 @@ from transformers import initialization as init
 
 from .configuration_variational_gpt import EVEConfig
 from .gaussian import gaussian_kl, sample_gaussian, sample_with_kl
-from .posterior import PosteriorRecord, PosteriorStatistics, PosteriorTap, unit_statistics
+from .posterior import PosteriorRecord, PosteriorStatistics, PosteriorTap, join_statistics, unit_statistics
+from .predictive import BLOCK_ELEMENTS
 from .sample_axis import SampleAxis, repeat_rows
 
 
@@ -147,21 +148,14 @@ class EVE(nn.Module):
         return noise.to(torch.promote_types(h.dtype, torch.float32))
 
     def _fusible(self, mean: Tensor, log_scale: Tensor, noise: Tensor | None, axis: SampleAxis) -> bool:
-        if noise is None or not axis.record or axis.statistics or self.config.prior == "autoregressive":
+        if noise is None or not axis.record or self.config.prior == "autoregressive":
             return False
         return mean.ndim == 3 and mean.shape == log_scale.shape == noise.shape
 
     def _record(self, h, z, kl, mean, log_scale, axis):
-        measured = {}
+        measured = self._statistics(mean, log_scale, axis) if axis.statistics else {}
         if kl is None:
-            elementwise, mean = self.divergence(mean, log_scale, axis)
-            # A shared mean or scale leaves axes of size 1, but each latent dimension has its KL.
-            elementwise = elementwise.expand(*mean.shape[:2], *self.width)
-            kl = elementwise.flatten(2).sum(-1)
-            if axis.statistics:
-                wide = log_scale.expand(*mean.shape[:2], *self.width)
-                weights = axis.weights(*mean.shape[:2], mean.device)
-                measured = unit_statistics(elementwise, wide, mean, weights)
+            kl = self.elementwise_kl(mean, log_scale, axis).flatten(2).sum(-1)
         reconstruction = None
         if self.config.reconstruction_weight > 0:
             target = axis.expand(h)
@@ -171,10 +165,32 @@ class EVE(nn.Module):
         record = PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction)
         self.tap(record, axis.tape)
 
-    def divergence(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> tuple[Tensor, Tensor]:
-        """The KL of each latent, broadcastable to `mean`, and the mean in its dtype."""
+    @torch.no_grad()
+    def _statistics(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> dict[str, Tensor]:
+        """`unit_statistics` of a few rows at a time, whose temporaries stay in a core's cache."""
+        rows, weights = mean.shape[0], axis.weights(*mean.shape[:2], mean.device)
+        step = max(1, BLOCK_ELEMENTS // max(1, mean.shape[1:].numel()))
+        if self.config.prior == "autoregressive" or mean.device.type != "cpu" or torch.compiler.is_compiling():
+            step = rows
+        parts = []
+        for start in range(0, rows, step):
+            here = slice(start, start + step)
+            some = mean[here]
+            wide = log_scale[here] if log_scale.ndim >= some.ndim and log_scale.shape[0] == rows else log_scale
+            wide = wide.clamp(self.config.log_scale_min, self.config.log_scale_max)
+            kl = self.elementwise_kl(some, wide, axis)
+            scales = wide.expand(*some.shape[:2], *self.width)
+            parts.append(unit_statistics(kl, scales, some.to(kl.dtype), weights[here], weights.sum()))
+        return join_statistics(parts)
+
+    def elementwise_kl(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> Tensor:
+        """The KL of each latent dimension of each token, [..., *width]; `mean` is [..., *width], or has one entry for
+        all latent dimensions of a unit.
+        """
         mean = mean.to(log_scale.dtype)
-        return gaussian_kl(mean, log_scale, *self._prior(mean, axis)), mean
+        kl = gaussian_kl(mean, log_scale, *self._prior(mean, axis))
+        # A shared mean or scale leaves axes of size 1, but each latent dimension has its KL.
+        return kl.expand(*mean.shape[: mean.ndim - len(self.width)], *self.width)
 
     def _prior(self, mean: Tensor, axis: SampleAxis) -> tuple[Tensor | None, Tensor]:
         """Mean (`None`: the posterior's own) and log-scale of the prior, broadcastable to `mean`."""

@@ -118,19 +118,22 @@ def check_complete(records: tuple[PosteriorRecord, ...], expected: list[tuple[in
 
 
 @torch.no_grad()
-def unit_statistics(kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor) -> dict[str, Tensor]:
+def unit_statistics(
+    kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor, total: Tensor | None = None
+) -> dict[str, Tensor]:
     """Averages over the tokens that carry KL, and over the units of each token.
 
     Args:
         kl, log_scale, mean: [rows, length, units] or [rows, length, units, k], or broadcastable to it.
         weights: [rows, length], 1 where a token counts.
+        total: tokens that count, of all parts whose statistics are going to be joined, 0-dim; `None`: of these rows.
 
     Returns:
         `kl_per_unit`, `scale`, `mean_energy`, each [units], and `scale_per_token`, `mean_energy_per_token`, each
         [rows, length]; float32.
     """
     shape = torch.broadcast_shapes(kl.shape, log_scale.shape, mean.shape)
-    total = weights.sum().clamp(min=1)
+    total = (weights.sum() if total is None else total).clamp(min=1)
 
     def of_units(values: Tensor, over_latent) -> Tensor:
         values = values.expand(shape)
@@ -148,4 +151,16 @@ def unit_statistics(kl: Tensor, log_scale: Tensor, mean: Tensor, weights: Tensor
         "mean_energy": average(energy),
         "scale_per_token": scale.mean(-1),
         "mean_energy_per_token": energy.mean(-1),
+    }
+
+
+def join_statistics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Joins `unit_statistics` of consecutive rows, each with the `total` of all of them."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        name: torch.cat([part[name] for part in parts])
+        if name.endswith("_per_token")
+        else torch.stack([part[name] for part in parts]).sum(0)
+        for name in parts[0]
     }

@@ -116,8 +116,8 @@ class _Spent:
         """Takes the tokens, numbered by `token`, that were sent to an expert with activations `h`."""
         config = eve.config
         log_scale = eve.raw_log_scale(h).clamp(config.log_scale_min, config.log_scale_max)
-        elementwise, mean = eve.divergence(eve.mean(h), log_scale, self.axis)
-        elementwise = elementwise.expand(*h.shape)
+        mean = eve.mean(h).to(log_scale.dtype)
+        elementwise = eve.elementwise_kl(mean, log_scale, self.axis)
         self.kl = self.kl.index_add(0, token, elementwise.sum(-1))
         if self.axis.statistics:
             with torch.no_grad():
