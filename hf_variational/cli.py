@@ -184,7 +184,12 @@ def retrofit(
     ] = None,
     other: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME=FILE", help="Text of another kind, to be told apart; may be given several times."),
+        typer.Option(
+            "--ood",
+            "--other",
+            metavar="NAME=FILE",
+            help="Text of another kind, to be told apart; may be given several times.",
+        ),
     ] = None,
     samples: Annotated[int | None, typer.Option(help="Posterior samples.  [default: 8]")] = None,
     tolerance: Annotated[

@@ -156,7 +156,7 @@ def test_arguments_are_read():
         (("--layers", "decoder.*"), ("'decoder.*' matches no layer", "model.layers.0")),
         (("--layers", "0,9"), ("9", "[0, 1]")),
         (("--length", "100"), ("100 tokens", "max_position_embeddings=64")),
-        (("--other", "code=missing.txt"), ("There is no file 'missing.txt'",)),
+        (("--ood", "code=missing.txt"), ("There is no file 'missing.txt'",)),
         (("--other", "code=short.txt"), ("code:", "length=8")),
         (("--other", "short.txt"), ("NAME=FILE",)),
         (("--adapter", "--train", "all"), ("adapter", "posterior or none")),
