@@ -130,7 +130,7 @@ def join_samples(states: Tensor, head, num_samples: int, inputs: dict, ours: dic
         observed = keep_positions(shift_targets(tokens), keep)
     joined = read_out(
         states,
-        _identity if head is None else head,
+        head,
         num_samples,
         states.shape[-1] if head is None else head.vocab_size,
         "mc_nll",
@@ -203,10 +203,6 @@ def abandon(model: PreTrainedModel, mixin: type[RowSamplesMixin], maker: str) ->
     if not isinstance(model, mixin):
         raise ValueError(f"{type(model).__name__} was not made by {maker}: nothing to take back.")
     model.__class__ = model.stock_class
-
-
-def _identity(states: Tensor) -> Tensor:
-    return states
 
 
 def _repeated(value, batch: int, num_samples: int):

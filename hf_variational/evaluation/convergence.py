@@ -9,19 +9,18 @@ variance is (S − 1)/S of its limit, and to second order in what the samples di
 With one sample both are 0 whatever the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from ..modeling.predictive import measures_of_log_probabilities
-from .batches import check_whole, data_batches, evaluating, take_labels
-from .predictions import check_numbers
+from .batches import check_whole
+from .predictions import each_sampled_prediction
 from .statistics import Estimate, over_seeds
-from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, shifted_labels
+from .streaming import StreamingEvaluation
 
 SAMPLE_NUMBERS = (1, 2, 4, 8, 16, 32)
 
@@ -120,11 +119,14 @@ def sample_convergence(
         evaluations = {size: [StreamingEvaluation() for _ in range(most // size)] for size in sizes}
 
         def visit(log_p: Tensor, targets: Tensor, evaluations=evaluations) -> None:
+            log_p = log_p.transpose(0, 1)
             for size, groups in evaluations.items():
                 _add(groups, log_p[: size * len(groups)].unflatten(0, (len(groups), size)), targets)
 
         title = f"Pass {repeat + 1} of {repeats}"
-        _each_sampled_prediction(model, data, visit, most, batch_size, seed + repeat, progress, title)
+        each_sampled_prediction(
+            model, data, visit, most, batch_size, seed=seed + repeat, progress=progress, description=title
+        )
         passes.append({size: [group.compute() for group in groups] for size, groups in evaluations.items()})
     return SampleConvergence({size: _stacked([found[size] for found in passes]) for size in sizes})
 
@@ -147,34 +149,3 @@ def _add(groups: list[StreamingEvaluation], log_p: Tensor, targets: Tensor) -> N
         group._add_predictions(*(columns[name][index] for name in ("nll", "confidence", "correct")))
         for name in measures:
             group._add_measure(name, columns[name][index])
-
-
-def _each_sampled_prediction(
-    model, data, visit: Callable[[Tensor, Tensor], None], num_samples, batch_size, seed, progress, description
-) -> None:
-    """Calls `visit` with the samples' log-probabilities, [S, n, vocab], and the targets, [n], of every block."""
-    config = getattr(model, "module", model).config
-    device = next(model.parameters()).device
-    batches = data_batches(data, batch_size, getattr(config, "pad_token_id", None) or 0, None)
-    options = {"num_posterior_samples": num_samples, "output_sample_logits": True, "use_cache": False}
-    sequences = tokens = 0
-    with evaluating(model, True, device), tqdm(total=len(batches), desc=description, disable=not progress) as bar:
-        batches = iter(batches)
-        torch.manual_seed(seed)
-        for number, batch in enumerate(batches):
-            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = shifted_labels(take_labels(batch))
-            log_p = model(**batch, **options).sample_logits
-            targets = targets.to(log_p.device)
-            rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
-            step = max(1, BLOCK_ENTRIES // (num_samples * log_p.shape[-1]))
-            for start in range(0, rows.numel(), step):
-                here = rows[start : start + step], places[start : start + step]
-                block = log_p[here[0], :, here[1]]
-                check_numbers(block.flatten(0, 1), here[0].repeat_interleave(num_samples), number, sequences)
-                visit(block.transpose(0, 1), targets[here])
-            sequences += targets.shape[0]
-            tokens += rows.numel()
-            bar.update()
-    if not tokens:
-        raise ValueError(f"There is nothing to evaluate: none of the {sequences} sequences has a token to predict.")

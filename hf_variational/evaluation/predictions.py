@@ -82,8 +82,65 @@ def each_prediction(
     internal = internal and has_posteriors(inner)
     if internal:
         options["output_posteriors"] = True
+
+    def take(batch: dict[str, Tensor], targets: Tensor, number: int, first: int) -> int:
+        out = model(**batch, **options, use_cache=False)
+        columns = {
+            "targets": targets,
+            "positions": _positions(batch, targets),
+            "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
+            "internal": _internal(out) if internal else {},
+        }
+        return _visit_blocks(out.logits, columns, number, first, visit)
+
+    return _each_batch(model, data, take, batch_size, seed, progress, description)
+
+
+def each_sampled_prediction(
+    model,
+    data,
+    visit: Callable[[Tensor, Tensor], None],
+    num_posterior_samples: int,
+    batch_size: int = 1,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    description: str = "Predicting",
+) -> None:
+    """Runs a model with posterior samples over the data once, as [`each_prediction`], and calls `visit` with the
+    samples' log-probabilities, [n, S, vocab], float32, and the targets, [n], a few million numbers at a time.
+
+    The model hands out the samples of a batch whole: 4 bytes · rows · S · length · vocabulary.
+
+    Raises:
+        ValueError: as in [`each_prediction`].
+    """
+
+    def take(batch: dict[str, Tensor], targets: Tensor, number: int, first: int) -> int:
+        samples = model(
+            **batch, num_posterior_samples=num_posterior_samples, output_sample_logits=True, use_cache=False
+        ).sample_logits
+        targets = targets.to(samples.device)
+        rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
+        step = max(1, BLOCK_ENTRIES // (num_posterior_samples * samples.shape[-1]))
+        for here in zip(rows.split(step), places.split(step), strict=True):
+            log_p = samples[here[0], :, here[1]].float()
+            check_numbers(log_p[..., 0].sum(1, keepdim=True), here[0], number, first)
+            visit(log_p, targets[here])
+        return rows.numel()
+
+    _each_batch(model, data, take, batch_size, seed, progress, description)
+
+
+def _each_batch(
+    model, data, take: Callable[..., int], batch_size: int, seed: int | None, progress: bool, description: str
+) -> int:
+    """Calls `take` with every batch without its labels, its targets [batch, length], its number and the number of
+    sequences before it; it answers how many targets it took. Returns the number of sequences.
+    """
     device = next(model.parameters()).device
-    batches = data_batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
+    config = getattr(model, "module", model).config
+    batches = data_batches(data, batch_size, getattr(config, "pad_token_id", None) or 0, None)
     total = len(batches) if hasattr(batches, "__len__") else None
     sequences = tokens = 0
     with (
@@ -96,16 +153,8 @@ def each_prediction(
         for number, batch in enumerate(batches):
             batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
             targets = shifted_labels(take_labels(batch))
-            out = model(**batch, **options, use_cache=False)
-            columns = {
-                "targets": targets,
-                "positions": _positions(batch, targets),
-                "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
-                "internal": _internal(out) if internal else {},
-            }
-            tokens += _visit_blocks(out.logits, columns, number, sequences, visit)
+            tokens += take(batch, targets, number, sequences)
             sequences += targets.shape[0]
-            del out
             bar.update()
     if tokens == 0:
         raise ValueError(f"There is nothing to evaluate: none of the {sequences} sequences has a token to predict.")

@@ -19,12 +19,11 @@ from dataclasses import dataclass
 import torch
 from scipy.stats import rankdata
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..modeling.predictive import log_mean_exp, widen
-from .batches import check_whole, data_batches, evaluating, take_labels
-from .predictions import check_numbers
-from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, StreamingEvaluation, shifted_labels
+from .batches import check_whole
+from .predictions import each_sampled_prediction
+from .streaming import StreamingEvaluation
 from .temperature import check_temperature
 
 MEAN_PROBABILITY = "mean_probability"
@@ -167,7 +166,19 @@ def evaluate_readouts(
                 confidence = (largest / temperature - normaliser).exp()
                 tried[readout, temperature]._add_predictions(nll.cpu(), confidence.cpu().double(), correct)
 
-    _each_block(model, data, visit, num_posterior_samples, batch_size, seed, progress)
+    check_whole("num_posterior_samples", num_posterior_samples, 1)
+    check_whole("batch_size", batch_size, 1)
+    _check_samples(model)
+    each_sampled_prediction(
+        model,
+        data,
+        visit,
+        num_posterior_samples,
+        batch_size,
+        seed=seed,
+        progress=progress,
+        description="Reading out",
+    )
     return [_scores(readout, temperature, evaluation) for (readout, temperature), evaluation in tried.items()]
 
 
@@ -257,41 +268,13 @@ def _scores(readout: str, temperature: float, evaluation: StreamingEvaluation) -
     return ReadoutScores(readout, temperature, **{name: metrics[name] for name in names})
 
 
-def _each_block(model, data, visit, num_samples: int, batch_size: int, seed: int, progress: bool) -> None:
-    """Calls `visit` with log p_s [n, S, vocab] and targets [n], a few million numbers at a time."""
-    check_whole("num_posterior_samples", num_samples, 1)
-    check_whole("batch_size", batch_size, 1)
+def _check_samples(model) -> None:
     inner = getattr(model, "module", model)
     if not getattr(inner, "variational_layers", None):
         raise ValueError(
             f"{type(inner).__name__} has no posterior samples to join in several ways. For the temperature of a "
             "deterministic model there is fit_temperature."
         )
-    device = next(model.parameters()).device
-    batches = data_batches(data, batch_size, getattr(inner.config, "pad_token_id", None) or 0, None)
-    total = len(batches) if hasattr(batches, "__len__") else None
-    sequences = 0
-    with (
-        evaluating(model, True, device),
-        tqdm(total=total, desc="Reading out", disable=not progress) as bar,
-    ):
-        batches = iter(batches)
-        torch.manual_seed(seed)
-        for number, batch in enumerate(batches):
-            batch = {name: value.to(device) for name, value in batch.items() if isinstance(value, Tensor)}
-            targets = shifted_labels(take_labels(batch))
-            samples = model(
-                **batch, num_posterior_samples=num_samples, output_sample_logits=True, use_cache=False
-            ).sample_logits
-            rows, places = (targets.to(samples.device) != IGNORED_LABEL).nonzero(as_tuple=True)
-            step = max(1, BLOCK_ENTRIES // (samples.shape[1] * samples.shape[-1]))
-            for here in zip(rows.split(step), places.split(step), strict=True):
-                log_p = samples[here[0], :, here[1]].float()
-                check_numbers(log_p[..., 0].sum(1, keepdim=True), here[0], number, sequences)
-                visit(log_p, targets.to(samples.device)[here])
-            sequences += targets.shape[0]
-            del samples
-            bar.update()
 
 
 def _check_names(readouts: Sequence[str]) -> None:

@@ -314,7 +314,7 @@ def read_classes(
         return {"logits": logits, "nll": nll}
     joined = read_out(
         logits,
-        nn.Identity(),
+        None,
         num_samples,
         logits.shape[-1],
         objective,

@@ -37,7 +37,7 @@ class Readout:
 
 def read_out(
     hidden_states: Tensor,
-    head: Callable[[Tensor], Tensor],
+    head: Callable[[Tensor], Tensor] | None,
     num_samples: int,
     vocab_size: int,
     objective: str,
@@ -50,7 +50,7 @@ def read_out(
 
     Args:
         hidden_states: [batch * S, length, hidden].
-        head: from hidden states to logits.
+        head: from hidden states to logits; `None`: they are logits.
         num_samples: S, at least 1.
         vocab_size: of the head.
         objective: `"elbo"` sums the samples' mean NLL, `"mc_nll"` the NLL of p̄.
@@ -94,7 +94,8 @@ def read_out(
 
 
 def _read_block(head, num_samples, objective, output_uncertainty, output_sample_logits, hidden, targets, observed):
-    log_p = torch.log_softmax(widen(head(hidden)), dim=-1).unflatten(0, (-1, num_samples))
+    logits = hidden if head is None else head(hidden)
+    log_p = torch.log_softmax(widen(logits), dim=-1).unflatten(0, (-1, num_samples))
     measures = log_mean = None
     if output_uncertainty:
         measures, log_mean = measures_of_log_probabilities(log_p, observed)

@@ -207,7 +207,7 @@ class VariationalMixin(NonReentrantMixin):
             observed = observed[:, -sampled.shape[1] :]
         readout = read_out(
             sampled if per_position else sampled.unsqueeze(1),
-            _as_it_is,
+            None,
             passed.main.num_samples,
             sampled.shape[-1],
             self.settings.objective,
@@ -274,10 +274,6 @@ class VariationalMixin(NonReentrantMixin):
                     for record in records
                     if record.site == site
                 }
-
-
-def _as_it_is(logits: Tensor) -> Tensor:
-    return logits
 
 
 def _refuse_kernel(implementation: str) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hf_variational import EVEConfig, VariationalGPTConfig, VariationalGPTForCausalLM
-from hf_variational.evaluation import readouts, token_scores
+from hf_variational.evaluation import predictions, token_scores
 from hf_variational.evaluation.calibration import expected_calibration_error
 from hf_variational.evaluation.readouts import (
     CONFIDENCE_WEIGHTED,
@@ -167,7 +167,7 @@ def numbers(table):
 
 @pytest.mark.parametrize("batch_size, block", [(1, 2**22), (8, 2**22), (8, 50), (20, 1)])
 def test_the_pass_is_the_naive_computation_whatever_the_batches_and_blocks(monkeypatch, batch_size, block):
-    monkeypatch.setattr(readouts, "BLOCK_ENTRIES", block)
+    monkeypatch.setattr(predictions, "BLOCK_ENTRIES", block)
     model = Bigram()
     found = numbers(evaluate_readouts(model, rows(), 5, batch_size, progress=False))
     expected = naive(model, rows(), 5)

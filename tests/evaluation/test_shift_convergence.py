@@ -121,7 +121,7 @@ def test_draws_get_closer(convergence):
 
 @pytest.mark.parametrize("block", [1, 300, 2**22])
 def test_groups_against_brute_force(model, block, monkeypatch):
-    monkeypatch.setattr("hf_variational.evaluation.convergence.BLOCK_ENTRIES", block)
+    monkeypatch.setattr("hf_variational.evaluation.predictions.BLOCK_ENTRIES", block)
     data = letters(4)
     found = sample_convergence(model, data, (3, 1, 7), repeats=2, batch_size=4, seed=5, progress=False)
     assert list(found.values) == [1, 3, 7]
