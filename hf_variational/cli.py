@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sys
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
 
+from .command_line import Device, Model, Seed, Trust, check_whole, fail, load, reported, samples_of
 from .presentation.measures import MEASURES
 
 app = typer.Typer(
@@ -29,89 +28,6 @@ Colouring = Enum("Colouring", {m.name: m.name for m in MEASURES})
 Training = Enum("Training", {name: name for name in ("none", "posterior", "ffn", "all")})
 Attention = Enum("Attention", {name: name for name in ("gaussian", "approximate_dirichlet", "dirichlet")})
 
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or its name on the Hub.")]
-Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run the code that the checkpoint brings along.")]
-Seed = Annotated[int, typer.Option(help="Seed of the noise (and of the sampling).")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, mps ...; by default an accelerator, where there is one.")]
-
-
-def fail(message: object, code: int = 1) -> NoReturn:
-    """One line on stderr. Code 2: the arguments are wrong; 1: what they name is."""
-    typer.echo("error: " + " ".join(str(message).split()), err=True)
-    raise typer.Exit(code)
-
-
-@contextlib.contextmanager
-def reported(what: str = "", *more: type[BaseException]):
-    """Bad input is a line, not a traceback; with HF_VARIATIONAL_TRACEBACK=1 it is both."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (ValueError, OSError, SafetensorError, *more) as error:
-        if os.environ.get("HF_VARIATIONAL_TRACEBACK"):
-            raise
-        text = str(error) or type(error).__name__
-        fail(f"{what}: {text}" if what else text)
-
-
-def _whole(name: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        fail(f"{name} is {value}: it must be {least} or more", 2)
-
-
-def _device(name: str | None) -> str:
-    import torch
-
-    if name is None:
-        return torch.accelerator.current_accelerator().type if torch.accelerator.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        fail(f"--device {name} cannot be used ({str(error).splitlines()[0]}): leave it out, or try cpu", 2)
-    return name
-
-
-def _load(name: str, trust_remote_code: bool, device: str | None, **options):
-    """The model in eval mode, its tokenizer, and whether it has variational layers."""
-    device = _device(device)
-    folder = Path(name).expanduser()
-    looks_local = name.startswith((".", "/", "~")) or name.count("/") > 1
-    if looks_local and not folder.is_dir():
-        fail(f"{name} is no folder: give a checkpoint's folder (with config.json in it) or a name on the Hub")
-    if folder.is_dir() and not any((folder / file).is_file() for file in ("config.json", "adapter_config.json")):
-        inside = sorted(p.parent.name for p in folder.glob("*/config.json"))
-        hint = f"; did you mean {' or '.join(str(folder / n) for n in inside)}?" if inside else ""
-        fail(f"{name} has no config.json, so it is no checkpoint{hint}")
-    from transformers.utils import logging
-
-    from .loading import load_model
-
-    if not sys.stderr.isatty():
-        logging.disable_progress_bar()
-    try:
-        source = str(folder) if folder.is_dir() else name
-        model, tokenizer = load_model(source, trust_remote_code=trust_remote_code, **options)
-    except Exception as error:
-        if os.environ.get("HF_VARIATIONAL_TRACEBACK"):
-            raise
-        # Loaders raise their own kinds of errors for damaged and foreign files; none is this program's.
-        text = " ".join(str(error).split()) or type(error).__name__
-        if "trust_remote_code" in text and not trust_remote_code:
-            fail(f"{name} brings its own code: add --trust-remote-code if you trust its author")
-        if "Unrecognized configuration class" in text:
-            fail(f"{name} is no causal language model: AutoModelForCausalLM has no class for it")
-        fail(f"cannot load {name}: {text[:400]}; is it a complete checkpoint, with its tokenizer beside it?")
-    return model.to(device).eval(), tokenizer, bool(getattr(model, "variational_layers", ()))
-
-
-def _samples(requested: int | None, variational: bool, name: str) -> int:
-    if requested and not variational:
-        fail(f"{name} is deterministic: it has no posterior to draw --samples {requested} from; use --samples 0", 2)
-    if requested is None:
-        return 8 if variational else 0
-    return requested
-
 
 @app.command()
 def demo(
@@ -124,7 +40,7 @@ def demo(
     ] = False,
 ) -> None:
     """Train a deterministic and a variational model of the same size, compare them, and look at their uncertainty."""
-    _whole("--steps", steps, 1)
+    check_whole("--steps", steps, 1)
     if text is not None and not text.is_file():
         fail(f"--text {text} is no file: give a text file, or leave it out for Python's language reference", 2)
     with reported("", FloatingPointError):
@@ -213,8 +129,8 @@ def retrofit(
     """Make a pretrained model variational: calibrate it, fit or train its noise, measure it before and after."""
     counts = {"--samples": samples, "--max-sequences": max_sequences, "--test-sequences": test_sequences}
     for name, value in {**counts, "--batch-size": batch_size}.items():
-        _whole(name, value, 1)
-    _whole("--length", length, 2)
+        check_whole(name, value, 1)
+    check_whole("--length", length, 2)
     if tolerance is not None and not tolerance >= 0:
         fail(f"--tolerance is {tolerance}: it must be 0 or more", 2)
     if recipe is not None and not recipe.is_file():
@@ -240,7 +156,7 @@ def retrofit(
             overrides=overrides or (),
         )
         others = dict(named_source(text) for text in other or ())
-        network, tokenizer, variational = _load(model, trust_remote_code, device, dtype=asked.retrofit.dtype)
+        network, tokenizer, variational = load(model, trust_remote_code, device, dtype=asked.retrofit.dtype)
         if variational:
             fail(f"{model} is variational already: start from the pretrained model")
         from .retrofit_program import run
@@ -280,8 +196,8 @@ def generate(
     device: Device = None,
 ) -> None:
     """Generate text, each token coloured by how much the posterior samples disagree about it."""
-    _whole("--max-new-tokens", max_new_tokens, 1)
-    _whole("--samples", samples, 0)
+    check_whole("--max-new-tokens", max_new_tokens, 1)
+    check_whole("--samples", samples, 0)
     if temperature is not None and not 0 < temperature < float("inf"):
         fail(f"--temperature is {temperature}: it must be above 0; for the likeliest token use --greedy", 2)
     if temperature is not None and do_sample is False:
@@ -298,8 +214,8 @@ def generate(
     if html is not None and samples == 0:
         fail("--html shows uncertainty, and --samples 0 has none: leave out one of them", 2)
 
-    network, tokenizer, variational = _load(model, trust_remote_code, device)
-    count = _samples(samples, variational, model)
+    network, tokenizer, variational = load(model, trust_remote_code, device)
+    count = samples_of(samples, variational, model)
     if html is not None and not count:
         fail(f"--html shows uncertainty, and {model} is deterministic: leave it out", 2)
     from .presentation.generation import generate_annotated
@@ -389,11 +305,11 @@ def evaluate(
     device: Device = None,
 ) -> None:
     """Measure likelihood, calibration and uncertainty; with --output in a report, beside baselines and other texts."""
-    _whole("--samples", samples, 0)
-    _whole("--block-size", block_size, 2)
-    _whole("--batch-size", batch_size, 1)
-    _whole("--max-batches", max_batches, 1)
-    _whole("--max-sequences", max_sequences, 2)
+    check_whole("--samples", samples, 0)
+    check_whole("--block-size", block_size, 2)
+    check_whole("--batch-size", batch_size, 1)
+    check_whole("--max-batches", max_batches, 1)
+    check_whole("--max-sequences", max_sequences, 2)
     if not 0 < target_risk < 1:
         fail(f"--target-risk is {target_risk}: it must be between 0 and 1", 2)
     asked = {
@@ -427,7 +343,7 @@ def evaluate(
         held = None if validation is None else source_of(validation, "--validation")
         others = {name: source_of(text, f"--ood {name}") for name, text in named(ood or [], "--ood").items()}
         paths = named(compare or [], "--compare")
-    network, tokenizer, _ = _load(model, trust_remote_code, device)
+    network, tokenizer, _ = load(model, trust_remote_code, device)
     longest = getattr(network.config, "max_position_embeddings", None) or 256
     with reported():
         report = run(
@@ -439,8 +355,8 @@ def evaluate(
             validation=held,
             ood=others,
             baselines=baselines,
-            ensemble=[(_load(path, trust_remote_code, device)[0], path) for path in ensemble or []],
-            compared={name: (_load(path, trust_remote_code, device)[0], path) for name, path in paths.items()},
+            ensemble=[(load(path, trust_remote_code, device)[0], path) for path in ensemble or []],
+            compared={name: (load(path, trust_remote_code, device)[0], path) for name, path in paths.items()},
             samples=8 if samples is None else samples,
             length=block_size or min(256, longest),
             batch_size=batch_size,
@@ -464,8 +380,8 @@ def _evaluate_files(
     for path in data:
         if not Path(path).is_file():
             fail(f"--data {path} is no file: give a text file", 2)
-    network, tokenizer, variational = _load(model, trust_remote_code, device)
-    count = _samples(samples, variational, model)
+    network, tokenizer, variational = load(model, trust_remote_code, device)
+    count = samples_of(samples, variational, model)
     longest = getattr(network.config, "max_position_embeddings", None) or 256
     import datasets
 
