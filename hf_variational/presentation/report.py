@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import io
 import json
 import os
-import re
 from pathlib import Path
 
-import matplotlib
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from ..evaluation.report import EvaluationReport
+from .figures import svg_of
 from .html import template_environment
-from .plots import GRID, INK
 from .report_plots import FIGURES
 from .report_tables import page_tables
 
@@ -31,7 +27,7 @@ def render_report(report: EvaluationReport, figures: dict[str, Figure] | None = 
     sections = []
     for heading in dict.fromkeys([*tables, *explained]):
         name, text = explained.get(heading, ("", ""))
-        picture = _svg(figures[name], name) if name in figures else None
+        picture = svg_of(figures[name], name) if name in figures else None
         if picture or tables.get(heading):
             sections.append(
                 {"heading": heading, "text": text, "picture": picture, "name": name, "tables": tables.get(heading, [])}
@@ -77,18 +73,3 @@ def write_report(report: EvaluationReport, folder: str | Path) -> Path:
 def _figures(report: EvaluationReport) -> dict[str, Figure]:
     drawn = {name: draw(report) for name, _, _, draw in FIGURES}
     return {name: figure for name, figure in drawn.items() if figure is not None}
-
-
-def _svg(figure: Figure, name: str) -> Markup:
-    """The figure as markup whose ink, grid and paper are those of the page, light or dark."""
-    text = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "path", "svg.hashsalt": name}):
-        figure.savefig(text, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    for colour, variable in ((INK, "--ink"), (GRID, "--line"), ("#ffffff", "--card")):
-        svg = svg.replace(colour, f"var({variable})")
-    # Names are made unique, for several pictures share a page.
-    svg = re.sub(r'\bid="([^"]+)"', rf'id="{name}-\1"', svg)
-    svg = re.sub(r'(xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
-    return Markup(re.sub(r'(<svg [^>]*?)width="[^"]*"', r"\1", re.sub(r'(<svg [^>]*?)height="[^"]*"', r"\1", svg)))

@@ -6,15 +6,15 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 
 from ..evaluation.report import EvaluationReport
+from .figures import colour_of, figure_of, grid_of, legend_beside, title_of
 from .measures import label_of
 from .plots import COLOURS, GRID, INK, QUIET, Curve, Reliability, draw_curves, draw_reliability, plain
 
-__all__ = ["FIGURES", "colour_of"]
+__all__ = ["FIGURES"]
 
 # In the order of the names that a legend lists.
 _STYLES = ("-", (0, (5, 2)), (0, (1, 1.5)))
@@ -24,40 +24,6 @@ _NOT_OF_TEXTS = ("token_variance", "brier")
 _CORRUPTED = ("kl", "scale", "mean_energy", "mutual_information")
 
 
-def colour_of(index: int) -> str:
-    """The colour of the index-th thing that is drawn."""
-    return COLOURS[index % len(COLOURS)]
-
-
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), dpi=144, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    return figure
-
-
-def _grid(panels: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
-    """Panels in rows of `columns`, without the empty places of the last row."""
-    columns = min(columns, panels)
-    rows = math.ceil(panels / columns)
-    figure = _figure(width * columns, height * rows)
-    axes = figure.subplots(rows, columns, squeeze=False).flat
-    for unused in list(axes)[panels:]:
-        unused.remove()
-    axes = figure.axes
-    for one in axes:
-        plain(one)
-    return figure, axes
-
-
-def _title(axes, text: str) -> None:
-    axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold")
-
-
-def _legend_beside(figure: Figure, axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside right center", frameon=False, fontsize=9, labelcolor=INK)
-
-
 def reliability(report: EvaluationReport) -> Figure | None:
     """A reliability diagram with counts for each contender."""
     drawn = [(name, curves["reliability"]) for name, curves in report.curves.items() if "reliability" in curves]
@@ -65,7 +31,7 @@ def reliability(report: EvaluationReport) -> Figure | None:
         return None
     columns = min(3, len(drawn))
     rows = math.ceil(len(drawn) / columns)
-    figure = _figure(4.2 * columns, 4.6 * rows)
+    figure = figure_of(4.2 * columns, 4.6 * rows)
     grid = figure.add_gridspec(2 * rows, columns, height_ratios=(4, 1) * rows)
     for index, (name, curve) in enumerate(drawn):
         row, column = divmod(index, columns)
@@ -88,7 +54,7 @@ def risk_coverage(report: EvaluationReport) -> Figure | None:
     curves = report.curves[report.model].get("risk_coverage")
     if not curves:
         return None
-    figure, axes = _grid(len(curves), 2, 5.2, 4.4)
+    figure, axes = grid_of(len(curves), 2, 5.2, 4.4)
     for one, (unit, found) in zip(axes, curves.items(), strict=True):
         for index, (name, risk) in enumerate(found["risk"].items()):
             if np.ptp(risk) < 1e-9:  # of a score that is the same everywhere
@@ -100,8 +66,8 @@ def risk_coverage(report: EvaluationReport) -> Figure | None:
         one.set(xlim=(0, 1), ylim=(0, None))
         one.set_xlabel(f"coverage: share of the {unit}s that are kept", color=INK)
         one.set_ylabel("risk: share wrong of what is kept", color=INK)
-        _title(one, f"{report.model}, over {unit}s")
-    _legend_beside(figure, axes[0])
+        title_of(one, f"{report.model}, over {unit}s")
+    legend_beside(figure, axes[0])
     return figure
 
 
@@ -111,7 +77,7 @@ def histograms(report: EvaluationReport) -> Figure | None:
     measures = {name: one for name, one in (found.get("measures") or {}).items() if name not in _NOT_OF_TEXTS}
     if not measures:
         return None
-    figure, axes = _grid(len(measures), 4, 3.4, 2.9)
+    figure, axes = grid_of(len(measures), 4, 3.4, 2.9)
     for one, (name, histogram) in zip(axes, measures.items(), strict=True):
         edges = np.asarray(histogram["edges"])
         for index, (text, counts) in enumerate(histogram["counts"].items()):
@@ -124,10 +90,10 @@ def histograms(report: EvaluationReport) -> Figure | None:
         one.set(ylim=(0, None))
         one.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
         one.locator_params(axis="both", nbins=4)
-        _title(one, label_of(name))
+        title_of(one, label_of(name))
     figure.supxlabel(f"mean over a window of {found['length']} tokens, {report.model}", fontsize=10, color=INK)
     figure.supylabel("windows", fontsize=10, color=INK)
-    _legend_beside(figure, axes[0])
+    legend_beside(figure, axes[0])
     return figure
 
 
@@ -140,7 +106,7 @@ def corruption(report: EvaluationReport) -> Figure | None:
     names = [name for name in _CORRUPTED if name in conditions[0]["changes"] and _varies(conditions, name)]
     if not names:
         return None
-    figure, axes = _grid(len(kinds) * len(names), len(names), 3.6, 3.3)
+    figure, axes = grid_of(len(kinds) * len(names), len(names), 3.6, 3.3)
     rates = list(dict.fromkeys(condition["rate"] for condition in conditions))
     for index, one in enumerate(axes):
         kind, name = kinds[index // len(names)], names[index % len(names)]
@@ -158,13 +124,13 @@ def corruption(report: EvaluationReport) -> Figure | None:
                     label=f"{100 * condition['rate']:g} % of the tokens",
                 )
         rank = report.value(report.model, "corruption", "correlations", kind, name, "spearman")
-        _title(one, {"eos": "end-of-sequence tokens", "random": "random tokens"}.get(kind, kind))
+        title_of(one, {"eos": "end-of-sequence tokens", "random": "random tokens"}.get(kind, kind))
         note = "" if rank is None else f"\nrank correlation {rank:.2f}"
         one.set_xlabel(f"change of {label_of(name)}{note}", color=INK)
         if index % len(names) == 0:
             one.set_ylabel("change of NLL, nats a token", color=INK)
         one.locator_params(axis="both", nbins=5)
-    _legend_beside(figure, axes[0])
+    legend_beside(figure, axes[0])
     return figure
 
 
@@ -178,7 +144,7 @@ def pareto(report: EvaluationReport) -> Figure | None:
     named = [name for name, flops in cost.items() if flops]
     if len(named) < 2:
         return None
-    figure, axes = _grid(2, 2, 4.6, 4.2)
+    figure, axes = grid_of(2, 2, 4.6, 4.2)
     rows = (("nll", "NLL, nats a token"), ("expected_calibration_error", "expected calibration error"))
     for one, (metric, label) in zip(axes, rows, strict=True):
         for index, name in enumerate(named):
@@ -203,9 +169,9 @@ def pareto(report: EvaluationReport) -> Figure | None:
         one.xaxis.set_minor_locator(NullLocator())
         one.set_xlabel("inference, FLOPs a token", color=INK)
         one.set_ylabel(label, color=INK)
-    _title(axes[0], "Cost and likelihood")
-    _title(axes[1], "Cost and calibration")
-    _legend_beside(figure, axes[0])
+    title_of(axes[0], "Cost and likelihood")
+    title_of(axes[1], "Cost and calibration")
+    legend_beside(figure, axes[0])
     return figure
 
 
@@ -224,7 +190,7 @@ def training(report: EvaluationReport) -> Figure | None:
             curves.append(Curve(name, *(known.get(key) or () for key in columns)))
     if not curves:
         return None
-    figure, axes = _grid(1, 1, 6.4, 4.2)
+    figure, axes = grid_of(1, 1, 6.4, 4.2)
     draw_curves(axes[0], curves)
     return figure
 
