@@ -93,7 +93,7 @@ def each_prediction(
         }
         return _visit_blocks(out.logits, columns, number, first, visit)
 
-    return _each_batch(model, data, take, batch_size, seed, progress, description)
+    return each_batch(model, data, take, batch_size, seed, progress, description)
 
 
 def each_sampled_prediction(
@@ -129,10 +129,10 @@ def each_sampled_prediction(
             visit(log_p, targets[here])
         return rows.numel()
 
-    _each_batch(model, data, take, batch_size, seed, progress, description)
+    each_batch(model, data, take, batch_size, seed, progress, description)
 
 
-def _each_batch(
+def each_batch(
     model, data, take: Callable[..., int], batch_size: int, seed: int | None, progress: bool, description: str
 ) -> int:
     """Calls `take` with every batch without its labels, its targets [batch, length], its number and the number of
