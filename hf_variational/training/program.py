@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
@@ -56,27 +57,13 @@ def run(
         raise ValueError("This recipe trains nothing (`retrofit.train: none`): give it to `hf-variational retrofit`.")
     args = VariationalTrainingArguments(**recipe.arguments)
     checkpoint = _on_main_process_first(args, lambda: _check_output_folder(Path(args.output_dir), recipe, resume))
-    tokenizer = _tokenizer(recipe, args)
-    train_blocks, validation_blocks = _blocks(recipe, args, tokenizer)
-    calibration, train_blocks = _calibration_blocks(recipe, train_blocks)
-    set_seed(args.seed)
-    model = build_model(recipe, tokenizer)
-    if recipe.retrofit is not None:
-        if checkpoint is None:
-            _calibrate(model, recipe, args, calibration)
-        _prepare_saving(model, recipe, args)
+    data = read_data(recipe, args)
+    model = make_model(recipe, args, data, calibrated=checkpoint is not None)
     if prepare is not None:
         model = prepare(model)
-    trainer = VariationalTrainer(
-        model,
-        args,
-        train_dataset=train_blocks,
-        eval_dataset=validation_blocks,
-        processing_class=tokenizer,
-        data_collator=default_data_collator,
-    )
+    trainer = make_trainer(model, args, data)
     result = trainer.train(resume_from_checkpoint=checkpoint)
-    evaluation = trainer.evaluate() if validation_blocks is not None else {}
+    evaluation = trainer.evaluate() if data.validation is not None else {}
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -86,6 +73,57 @@ def run(
     # A process that leaves right after its last collective can hang in gloo's destructor.
     trainer.accelerator.wait_for_everyone()
     return trainer
+
+
+@dataclass(frozen=True)
+class RunData:
+    """
+    What a recipe's sections `data` and `tokenizer` name, read.
+
+    Attributes:
+        tokenizer: Of the text, and saved beside the model.
+        train, validation: Blocks of tokens; `validation` is `None` where the recipe names none.
+        calibration: Blocks that a retrofit is calibrated on, held out of `train`.
+    """
+
+    tokenizer: object
+    train: object
+    validation: object | None
+    calibration: list[dict] | None
+
+
+def read_data(recipe: Recipe, args: VariationalTrainingArguments) -> RunData:
+    """The tokenizer (one that is trained is saved to `args.output_dir`, or taken from there) and the blocks."""
+    tokenizer = _tokenizer(recipe, args)
+    train, validation = _blocks(recipe, args, tokenizer)
+    calibration, train = _calibration_blocks(recipe, train)
+    return RunData(tokenizer, train, validation, calibration)
+
+
+def make_model(recipe: Recipe, args: VariationalTrainingArguments, data: RunData, calibrated: bool = False):
+    """
+    The model that a run trains, seeded with `args.seed`; a retrofit is calibrated, unless a checkpoint that it goes on
+    from has that done (`calibrated`).
+    """
+    set_seed(args.seed)
+    model = build_model(recipe, data.tokenizer)
+    if recipe.retrofit is not None:
+        if not calibrated:
+            _calibrate(model, recipe, args, data.calibration)
+        _prepare_saving(model, recipe, args)
+    return model
+
+
+def make_trainer(model, args: VariationalTrainingArguments, data: RunData) -> VariationalTrainer:
+    """The trainer of a run."""
+    return VariationalTrainer(
+        model,
+        args,
+        train_dataset=data.train,
+        eval_dataset=data.validation,
+        processing_class=data.tokenizer,
+        data_collator=default_data_collator,
+    )
 
 
 def build_model(recipe: Recipe, tokenizer):

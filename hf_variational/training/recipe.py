@@ -176,12 +176,17 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = (), values: Mapping
         ValueError: for a key that does not exist, at any level (it names the nearest that does), for one that stands
             twice, and for a value of the wrong type.
     """
+    return recipe_from_dict(read_content(path, overrides, values), where=str(path))
+
+
+def read_content(path: str | Path, overrides: Iterable[str] = (), values: Mapping[str, object] | None = None) -> dict:
+    """What a recipe's file says, with values set as [`load_recipe`] sets them; not checked."""
     content = read_yaml(path)
     for path_of_keys, value in (values or {}).items():
-        _set(content, path_of_keys, value)
+        set_value(content, path_of_keys, value)
     for override in overrides:
         _override(content, override)
-    return recipe_from_dict(content, where=str(path))
+    return content
 
 
 def recipe_from_dict(content: Mapping, where: str = "The recipe") -> Recipe:
@@ -317,10 +322,16 @@ def _override(content: dict, override: str) -> None:
     keys, separator, value = override.partition("=")
     if not separator or not all(keys.strip().split(".")):
         raise ValueError(f"{override!r} does not set a value: write section.key=value, like arguments.max_steps=10.")
-    _set(content, keys.strip(), yaml.load(value, Loader=_loader()))
+    set_value(content, keys.strip(), yaml.load(value, Loader=_loader()))
 
 
-def _set(content: dict, path: str, value) -> None:
+def set_value(content: dict, path: str, value) -> None:
+    """
+    Sets `section.key` of what a recipe says; sections that are not there, or null, are made.
+
+    Raises:
+        ValueError: if a key on the way is no section.
+    """
     *sections, last = path.split(".")
     section = content
     for key in sections:
