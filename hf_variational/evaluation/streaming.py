@@ -246,4 +246,5 @@ def mask_repeated_rows(labels: Tensor, accelerator) -> Tensor:
         return labels
     batch = labels.shape[0]
     place = accelerator.process_index * batch + torch.arange(batch, device=labels.device)
-    return labels.masked_fill((place >= state.remainder)[:, None], IGNORED_LABEL)
+    repeated = (place >= state.remainder).reshape(-1, *[1] * (labels.ndim - 1))
+    return labels.masked_fill(repeated, IGNORED_LABEL)

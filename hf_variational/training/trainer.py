@@ -258,13 +258,22 @@ class VariationalTrainer(Trainer):
 
     # ---- Evaluation ----
 
+    # The next three are about language models; a trainer of another kind of model overrides them.
+
+    def _new_metrics(self) -> StreamingEvaluation:
+        return StreamingEvaluation(cvar_fraction=self.args.cvar_fraction)
+
+    def _update_metrics(self, metrics: StreamingEvaluation, outputs, labels: Tensor) -> None:
+        metrics.update(outputs["logits"], labels, outputs.get("uncertainty"))
+
+    def _num_targets(self, labels: Tensor) -> float:
+        return float((labels[:, 1:] != -100).sum())
+
     def evaluation_loop(self, dataloader, description, *args, metric_key_prefix="eval", **kwargs):
         """The Trainer's loop, whose forward passes also feed the streamed metrics of both passes."""
         samples = self.args.eval_posterior_samples if self._layers else 0
-        tail = self.args.cvar_fraction
         self._evaluation = evaluation = _Evaluation(
-            mean_pass=StreamingEvaluation(cvar_fraction=tail),
-            samples=StreamingEvaluation(cvar_fraction=tail) if samples else None,
+            mean_pass=self._new_metrics(), samples=self._new_metrics() if samples else None
         )
         try:
             with own_noise(self.args.seed, self._data_rank, "evaluation", self.args.device):
@@ -288,14 +297,14 @@ class VariationalTrainer(Trainer):
             bare = {name: value for name, value in inputs.items() if name != "labels"}
             with torch.no_grad(), self.compute_loss_context_manager():
                 outputs = model(**bare, num_posterior_samples=0)
-            evaluation.mean_pass.update(outputs["logits"], inputs["labels"])
+            self._update_metrics(evaluation.mean_pass, outputs, inputs["labels"])
         return result
 
     def _record_evaluation(self, inputs, loss: Tensor, outputs, num_items_in_batch) -> None:
         evaluation = self._evaluation
         streaming = evaluation.mean_pass if evaluation.samples is None else evaluation.samples
-        streaming.update(outputs["logits"], inputs["labels"], outputs.get("uncertainty"))
-        count = float((inputs["labels"][:, 1:] != -100).sum())
+        self._update_metrics(streaming, outputs, inputs["labels"])
+        count = self._num_targets(inputs["labels"])
         # also where no row counts, so that the processes have vectors of one length to add up
         evaluation.attention.add(None, outputs.get("attention_posteriors"), weight=count)
         if count == 0:
