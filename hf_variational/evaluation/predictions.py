@@ -87,9 +87,9 @@ def each_prediction(
         out = model(**batch, **options, use_cache=False)
         columns = {
             "targets": targets,
-            "positions": _positions(batch, targets),
+            "positions": target_positions(batch, targets),
             "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
-            "internal": _internal(out) if internal else {},
+            "internal": internal_statistics(out) if internal else {},
         }
         return _visit_blocks(out.logits, columns, number, first, visit)
 
@@ -161,7 +161,7 @@ def each_batch(
     return sequences
 
 
-def _positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
+def target_positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
     """Index of each target in its sequence, [batch, length]."""
     if "position_ids" in batch:
         places = batch["position_ids"].expand_as(targets)
@@ -182,7 +182,7 @@ def has_posteriors(model) -> bool:
     return False
 
 
-def _internal(out) -> dict[str, Tensor]:
+def internal_statistics(out) -> dict[str, Tensor]:
     """Statistics of the posteriors of all layers, each [batch, length]."""
     units = list((out.posteriors or {}).values())
     heads = list((out.attention_posteriors or {}).values())

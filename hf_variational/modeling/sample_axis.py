@@ -71,6 +71,11 @@ def posterior_noise(source: NoiseSource) -> Iterator[None]:
         _noise_source = previous
 
 
+def active_noise_source() -> NoiseSource | None:
+    """The source of the innermost `posterior_noise` block, or `None`."""
+    return _noise_source
+
+
 def repeat_rows(tensor: Tensor, copies: int) -> Tensor:
     """Repeats each row `copies` times, neighbours: [rows, ...] to [rows * copies, ...]."""
     if copies == 1:
@@ -100,6 +105,7 @@ class SampleAxis:
         seen: tokens that the cache held before this pass.
         tape: where the posteriors' records go in a model that transformers does not record them for.
         first_layer: number of the layer that the cache counts from: a decoder's layers come after its encoder's.
+        unit_weights: layer number to `UnitWeights`: what its units are charged, each by itself.
         visited, attentions: in a retrofitted model, (layer, site) of the posteriors that this axis has reached; and
             whether attention weights are asked for.
     """
@@ -117,6 +123,7 @@ class SampleAxis:
         seen: Tensor | int = 0,
         tape: list | None = None,
         first_layer: int = 0,
+        unit_weights: dict | None = None,
     ):
         self.num_samples = num_samples
         self.batch = batch
@@ -129,6 +136,7 @@ class SampleAxis:
         self.seen = seen
         self.tape = tape
         self.first_layer = first_layer
+        self.unit_weights = unit_weights
         self.visited: set[tuple[int, str]] = set()
         self.attentions = False
         self.noise_source = _noise_source
