@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from scipy import stats
 from torch import Tensor
 
@@ -14,6 +13,8 @@ from .text import columns_of, shown
 
 # Of the changes of a layer's units.
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+# A mean energy can be 0, and has no logarithm then.
+_SMALLEST = 1e-12
 # The KL can be 0 and is charged as it is: its change is a difference. The others are positive and change by factors.
 UNIT_QUANTITIES = {"kl": "kl", "scale": "log_scale", "mean_energy": "log_mean_energy"}
 HEAD_QUANTITIES = {
@@ -47,8 +48,8 @@ class LayerDrift:
 
     Attributes:
         changes: by name, after minus before, each [units] or [heads]: of units `kl` (nats), `log_scale` and
-            `log_mean_energy`; of heads `kl`, `log_scale` or `log_concentration`, and `entropy` (nats). A number
-            that is 0 counts as the smallest positive one of float32 in a logarithm.
+            `log_mean_energy`; of heads `kl`, `log_scale` or `log_concentration`, and `entropy` (nats). What is below
+            1e-12 counts as 1e-12 in a logarithm.
         rank_correlation: by the same names, Spearman's between the values before and after over the units (or heads);
             NaN where all are alike.
     """
@@ -186,8 +187,7 @@ def _drift(pairs: dict[str, tuple[Tensor, Tensor]], names: dict[str, str]) -> La
     for name, (first, second) in pairs.items():
         changed = names[name]
         if changed.startswith("log_"):
-            smallest = torch.finfo(torch.float32).tiny
-            changes[changed] = second.clamp(min=smallest).log() - first.clamp(min=smallest).log()
+            changes[changed] = second.clamp(min=_SMALLEST).log() - first.clamp(min=_SMALLEST).log()
         else:
             changes[changed] = second - first
         correlations[changed] = _rank_correlation(first, second)

@@ -12,8 +12,8 @@ from .band import Band, BandShares
 
 # How many times its target (or its layer's median) the mean energy of an exploding unit is.
 EXPLODING = 100.0
-# A sigma this close to its ceiling, as a share, is at it: the clip is what holds it.
-_AT_CEILING = 0.99
+# A mean sigma from this share of its ceiling on is held by the clip, at most tokens.
+_AT_CEILING = 0.9
 # float32 survives nine digits.
 _DIGITS = ".9g"
 
@@ -143,7 +143,7 @@ def troubled(
 
     Exploding: the mean energy is more than 100 times the target of the unit's band (or over the band, if that reaches
     higher); without a band, more than 100 times the median of the layer's active units. Or sigma is at its ceiling
-    (within 1 %), or a statistic is not finite.
+    (within 10 %), or a statistic is not finite.
 
     Args:
         kl, scale, energy: of the units, [units].
