@@ -1,0 +1,24 @@
+"""Acting on uncertainty: answer, draw more posterior samples, or abstain."""
+
+from .adaptive import AdaptiveSampling, QualityAtCost
+from .controller import UncertaintyController
+from .corrections import CorrectedMeasures, corrected_measures
+from .generation import ControlledGenerateOutput
+from .noise import NumberedNoiseRequest
+from .policy import Action, ActionThresholds
+from .score import InternalScore
+from .settling import Acted
+
+__all__ = [
+    "Acted",
+    "Action",
+    "ActionThresholds",
+    "AdaptiveSampling",
+    "ControlledGenerateOutput",
+    "CorrectedMeasures",
+    "InternalScore",
+    "NumberedNoiseRequest",
+    "QualityAtCost",
+    "UncertaintyController",
+    "corrected_measures",
+]

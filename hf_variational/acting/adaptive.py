@@ -1,0 +1,146 @@
+"""As many posterior samples as a text needs: what many of them are worth, at the cost of a few."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from transformers.utils import logging
+
+from ..evaluation.token_scores import TokenScores
+from .policy import SCHEDULE, Action, check_schedule, check_tolerance
+from .settling import Acted, KeptLooks, act_on_data, check_measure, sequence_means
+
+logger = logging.get_logger(__name__)
+
+QUALITY = 0.01
+# Of the quality that is allowed to be lost, the share that a tolerance may lose on validation data; the rest is left
+# to what other data will do differently.
+_VALIDATION_SHARE = 0.5
+_CANDIDATES = 128
+
+
+@dataclass(frozen=True)
+class QualityAtCost:
+    """One point of quality against cost, on validation data.
+
+    Attributes:
+        tolerance: nats.
+        mean_samples: posterior samples drawn for a token.
+        nll: mean negative log-likelihood, nats.
+        aurc: area under the risk-coverage curve of errors, ranked by the measure.
+    """
+
+    tolerance: float
+    mean_samples: float
+    nll: float
+    aurc: float
+
+
+@dataclass(frozen=True)
+class AdaptiveSampling:
+    """
+    Draws posterior samples of a sequence until the Monte Carlo error of a measure is below a tolerance.
+
+    The error of a sequence is the root mean square of its tokens' standard errors. Measures are corrected for the
+    number of samples ([`corrected_measures`]), so that sequences with few samples and with many can be ranked together;
+    the likelihood is that of the p̄ at hand.
+
+    Args:
+        tolerance: Nats. With 0 every sequence gets all samples, with infinity the first look's.
+        schedule: Numbers of samples of the looks; samples drawn before are counted again.
+        measure: Whose error it is, and what predictions are ranked by: `"predictive_entropy"` or
+            `"mutual_information"`.
+        frontier: What other tolerances are worth, from [`AdaptiveSampling.fit`].
+
+    Example:
+
+    ```python
+    >>> sampling = AdaptiveSampling.fit(model, validation)
+    >>> found = sampling.evaluate(model, test)
+    >>> found.nll, found.aurc(), found.cost.mean_samples
+    ```
+    """
+
+    tolerance: float = 0.0
+    schedule: tuple[int, ...] = SCHEDULE
+    measure: str = "predictive_entropy"
+    frontier: tuple[QualityAtCost, ...] = field(default=(), compare=False, repr=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "tolerance", check_tolerance(self.tolerance))
+        object.__setattr__(self, "schedule", check_schedule(self.schedule))
+        check_measure(self.measure)
+
+    @classmethod
+    def fit(
+        cls,
+        model,
+        validation,
+        *,
+        schedule: Sequence[int] = SCHEDULE,
+        measure: str = "predictive_entropy",
+        quality: float = QUALITY,
+        batch_size: int = 8,
+        seed: int = 0,
+        progress: bool = True,
+    ) -> "AdaptiveSampling":
+        """
+        Chooses the tolerance with the least cost whose NLL and AURC stay within `quality` of those of all samples.
+
+        On the validation data only half of `quality` may be lost: the other half is the margin for other data.
+
+        Args:
+            model: A causal language model with posterior samples.
+            validation, batch_size, seed, progress: As in [`evaluate_language_model`].
+            schedule, measure: See [`AdaptiveSampling`].
+            quality: Share of NLL and of AURC that may be lost, in (0, 1).
+
+        Raises:
+            ValueError: for a model without posterior samples, validation data without a target, a schedule that does
+                not rise, or a quality outside (0, 1).
+        """
+        check_measure(measure)
+        check_quality(quality)
+        options = {"batch_size": batch_size, "seed": seed, "progress": progress}
+        return cls.fit_looks(KeptLooks.draw(model, validation, schedule, **options), measure, quality)
+
+    @classmethod
+    def fit_looks(cls, looks: KeptLooks, measure: str, quality: float = QUALITY) -> "AdaptiveSampling":
+        """The same of looks that are there already."""
+        errors = torch.cat([_sequence_errors(table, measure).unique() for table in looks.looks[:-1]])
+        inside = errors.quantile(torch.linspace(0, 1, _CANDIDATES, dtype=errors.dtype)).tolist() if len(errors) else []
+        frontier = []
+        for tolerance in (0.0, *sorted(set(inside)), math.inf):
+            acted = looks.act(cls(tolerance, looks.schedule, measure).act, measure)
+            frontier.append(QualityAtCost(tolerance, acted.cost.mean_samples, acted.nll, acted.aurc()))
+        full, allowed = frontier[0], 1 + quality * _VALIDATION_SHARE
+        within = [p for p in frontier if p.nll <= allowed * full.nll and p.aurc <= allowed * full.aurc]
+        # Of equal costs the smallest tolerance.
+        best = min(within, key=lambda point: (point.mean_samples, point.tolerance))
+        return cls(best.tolerance, looks.schedule, measure, tuple(frontier))
+
+    def evaluate(self, model, data, *, batch_size: int = 8, seed: int = 0, progress: bool = True) -> Acted:
+        """Scores every predicted token of a data set with as many samples as its sequence needs.
+
+        Args:
+            model, data, batch_size, seed, progress: As in [`AdaptiveSampling.fit`].
+        """
+        options = {"batch_size": batch_size, "seed": seed, "progress": progress}
+        return act_on_data(model, data, self.act, self.schedule, self.measure, **options)
+
+    def act(self, scores: TokenScores, last: bool) -> Tensor:
+        """The [`Action`] about each token, [tokens], int8: that about its sequence."""
+        enough = _sequence_errors(scores, self.measure) < self.tolerance
+        return torch.where(enough | last, Action.ANSWER, Action.DRAW_MORE).to(torch.int8)
+
+
+def check_quality(quality) -> float:
+    if isinstance(quality, bool) or not isinstance(quality, (int, float)) or not 0 < quality < 1:
+        raise ValueError(f"`quality` is the share of NLL and AURC that may be lost, in (0, 1), got {quality!r}.")
+    return float(quality)
+
+
+def _sequence_errors(scores: TokenScores, measure: str) -> Tensor:
+    return sequence_means(scores.values[f"{measure}_error"].double().square(), scores.windows).sqrt()
