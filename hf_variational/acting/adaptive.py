@@ -44,8 +44,8 @@ class AdaptiveSampling:
     Draws posterior samples of a sequence until the Monte Carlo error of a measure is below a tolerance.
 
     The error of a sequence is the root mean square of its tokens' standard errors. Measures are corrected for the
-    number of samples ([`corrected_measures`]), so that sequences with few samples and with many can be ranked together;
-    the likelihood is that of the p̄ at hand.
+    number of samples ([`corrected_measures`]), so that sequences with few samples and with many can be ranked
+    together; the likelihood is that of the p̄ at hand.
 
     Args:
         tolerance: Nats. With 0 every sequence gets all samples, with infinity the first look's.

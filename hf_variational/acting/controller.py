@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,7 +29,8 @@ class UncertaintyController:
 
     A look at a unit answers where the score is at most `thresholds.answer` and abstains where it is above
     `thresholds.abstain`. Between the two it draws the next number of samples of `sampling.schedule`, unless the Monte
-    Carlo error of `sampling.measure` is below `sampling.tolerance` or there are no more; then `thresholds.final` decides.
+    Carlo error of `sampling.measure` is below `sampling.tolerance` or there are no more; then `thresholds.final`
+    decides.
 
     The thresholds describe the validation data; a promise about the risk of what is answered is what
     [`SelectivePolicy`] makes.
@@ -52,8 +53,8 @@ class UncertaintyController:
     """
 
     score: InternalScore
-    thresholds: ActionThresholds = ActionThresholds()
-    sampling: AdaptiveSampling = AdaptiveSampling()
+    thresholds: ActionThresholds = field(default_factory=ActionThresholds)
+    sampling: AdaptiveSampling = field(default_factory=AdaptiveSampling)
     unit: str = "sequence"
 
     def __post_init__(self):
@@ -137,7 +138,8 @@ class UncertaintyController:
 
         It starts with the first number of samples. Rows that want more are run again with the next number, from
         the token at which they asked (`unit="step"`) or from the prompt (`"sequence"`): keys and values of the new
-        samples do not exist yet, so the prefix is computed again, which `sample_tokens` counts. An abstention ends a row.
+        samples do not exist yet, so the prefix is computed again, which `sample_tokens` counts. An abstention ends a
+        row.
 
         Args:
             model: A decoder-only model with posteriors.

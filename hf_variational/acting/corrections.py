@@ -1,9 +1,9 @@
 """What posterior samples say of their limit: measures without the bias of few samples, and their Monte Carlo errors.
 
-The entropy of a mean of S samples is on average too low, by b/S + O(1/S²) with b = ½ Σ_v Var[p(v)] / p(v) (delta method;
-Miller 1955, "Note on the bias of information estimates", for counts). So is the mutual information, whose other term,
-the mean of the samples' entropies, is unbiased. The jackknife (Quenouille 1956; Efron 1982) takes b/S away. With p̄₋ⱼ
-the mean without sample j, its pseudo-values of H(p̄) and of the mutual information are
+The entropy of a mean of S samples is on average too low, by b/S + O(1/S²) with b = ½ Σ_v Var[p(v)] / p(v) (delta
+method; Miller 1955, "Note on the bias of information estimates", for counts). So is the mutual information, whose other
+term, the mean of the samples' entropies, is unbiased. The jackknife (Quenouille 1956; Efron 1982) takes b/S away. With
+p̄₋ⱼ the mean without sample j, its pseudo-values of H(p̄) and of the mutual information are
 
     H(p_j) + KL(p_j ‖ p̄) + (S − 1) KL(p̄₋ⱼ ‖ p̄)    and    KL(p_j ‖ p̄) + (S − 1) KL(p̄₋ⱼ ‖ p̄),
 
@@ -68,7 +68,8 @@ def corrected_measures(log_probabilities: Tensor) -> CorrectedMeasures:
     num_samples, vocab = log_probabilities.shape[-2:]
     if num_samples < 2:
         raise ValueError(
-            f"What samples differ by takes at least two of them, got S = {num_samples}: draw 2 or more posterior samples."
+            f"What samples differ by takes at least two of them, got S = {num_samples}: draw 2 or more posterior "
+            "samples."
         )
     flat = log_probabilities.reshape(-1, num_samples, vocab)
     step = max(1, BLOCK_ELEMENTS // (num_samples * vocab))
