@@ -17,7 +17,7 @@ from .outputs import (
     VariationalSequenceClassifierOutput,
     VariationalTokenClassifierOutput,
 )
-from .posterior import AttentionStatistics, PosteriorStatistics
+from .posterior import AttentionStatistics, PosteriorStatistics, UnitWeights
 from .predictive import PredictiveMeasures, log_mean_probability, predictive_measures
 from .sample_axis import NoiseRequest, posterior_noise
 
@@ -30,6 +30,7 @@ __all__ = [
     "PosteriorStatistics",
     "PredictiveMeasures",
     "UncertaintyStoppingCriteria",
+    "UnitWeights",
     "VariationalAttentionConfig",
     "VariationalCausalLMOutput",
     "VariationalGPTConfig",

@@ -82,7 +82,7 @@ class VariationalGPTForSequenceClassification(
             output_posteriors: returns `posteriors`.
             output_sample_logits: returns `sample_logits`; needs S >= 1.
             kl_weight: beta of this pass, a number or a 0-dim tensor; `None`: the config's.
-            free_bits: as in `VariationalGPTForCausalLM`.
+            free_bits, unit_weights (in `kwargs`): as in `VariationalGPTForCausalLM`.
             num_items_in_batch (in `kwargs`): targets of the whole accumulated batch, the loss's divisor: labelled
                 sequences in single-label classification, else sequences times labels (what a Trainer counts).
 
@@ -248,7 +248,7 @@ class VariationalGPTForTokenClassification(
             output_posteriors: returns `posteriors`.
             output_sample_logits: returns `sample_logits`; needs S >= 1.
             kl_weight: beta of this pass, a number or a 0-dim tensor; `None`: the config's.
-            free_bits: as in `VariationalGPTForCausalLM`.
+            free_bits, unit_weights (in `kwargs`): as in `VariationalGPTForCausalLM`.
             num_items_in_batch (in `kwargs`): labelled tokens of the whole accumulated batch, the loss's divisor.
 
         Raises:

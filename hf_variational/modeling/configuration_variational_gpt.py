@@ -76,6 +76,8 @@ class EVEConfig:
             `"autoregressive"` N(phi * mu_{t-1}, s^2) along a sequence, whose first position takes the standard prior.
         prior_scale: s of the centered and autoregressive priors, and where the empirical prior's s_i start.
         autoregressive_coefficient: phi.
+        learn_autoregressive_coefficient: whether phi is learned, per unit and inside (-1, 1), from there on. Its s is
+            `prior_scale` all the same.
         initial_scale: sigma at initialisation.
         log_scale_min, log_scale_max: log sigma is clipped to this range.
         reconstruction_weight: weight of the local reconstruction of h from z; 0 adds no decoder.
@@ -93,6 +95,7 @@ class EVEConfig:
     prior: str = "empirical"
     prior_scale: float = 1.0
     autoregressive_coefficient: float = 0.9
+    learn_autoregressive_coefficient: bool = False
     initial_scale: float = 0.1
     log_scale_min: float = -12.0
     log_scale_max: float = 2.0
@@ -131,6 +134,16 @@ class EVEConfig:
             raise ValueError(
                 f"autoregressive_coefficient must be in [-1, 1], got {self.autoregressive_coefficient!r}."
             )
+        if self.learn_autoregressive_coefficient:
+            if self.prior != "autoregressive":
+                raise ValueError(
+                    f"learn_autoregressive_coefficient=True needs prior='autoregressive', got prior={self.prior!r}."
+                )
+            if abs(self.autoregressive_coefficient) == 1.0:
+                raise ValueError(
+                    f"autoregressive_coefficient={self.autoregressive_coefficient!r} cannot be learned, for it moves "
+                    "inside (-1, 1): start with 0.99, or set learn_autoregressive_coefficient=False."
+                )
         if not self.reconstruction_weight >= 0:
             raise ValueError(f"reconstruction_weight must be 0 or more, got {self.reconstruction_weight!r}.")
 

@@ -8,8 +8,16 @@ from torch.nn import functional as F
 from transformers import initialization as init
 
 from .configuration_variational_gpt import EVEConfig
-from .gaussian import gaussian_kl, sample_gaussian, sample_with_kl
-from .posterior import PosteriorRecord, PosteriorStatistics, PosteriorTap, join_statistics, unit_statistics
+from .gaussian import gaussian_kl, sample_gaussian, sample_with_kl, weighted_sums
+from .posterior import (
+    PosteriorRecord,
+    PosteriorStatistics,
+    PosteriorTap,
+    UnitWeights,
+    join_statistics,
+    unit_statistics,
+    weights_of,
+)
 from .predictive import BLOCK_ELEMENTS
 from .sample_axis import SampleAxis, repeat_rows
 
@@ -52,6 +60,9 @@ class EVE(nn.Module):
         elif config.prior == "centered":
             # Not trained: a prior that follows the mean and learns its scale has KL 0 and asks for nothing.
             self.register_buffer("prior_log_scale", torch.empty(units))
+        elif config.learn_autoregressive_coefficient:
+            # phi is its hyperbolic tangent, so it stays in (-1, 1).
+            self.prior_coefficient = nn.Parameter(torch.empty(units))
         if config.reconstruction_weight > 0:
             self.reconstruction_decoder = nn.Parameter(torch.empty(units))
         self.tap = PosteriorTap()
@@ -76,6 +87,8 @@ class EVE(nn.Module):
             init.zeros_(self.prior_mean)
         if config.prior in ("empirical", "centered"):
             init.constant_(self.prior_log_scale, math.log(config.prior_scale))
+        if config.learn_autoregressive_coefficient:
+            init.constant_(self.prior_coefficient, math.atanh(config.autoregressive_coefficient))
         if config.reconstruction_weight > 0:
             init.ones_(self.reconstruction_decoder)
 
@@ -127,17 +140,24 @@ class EVE(nn.Module):
         mean = self.mean(h)
         log_scale = self.raw_log_scale(h)
         noise = None if axis.num_samples == 0 else self._noise(h, axis)
+        weights = weights_of(axis.unit_weights, self.layer_idx, self.units)
+        charges = None
         if self._fusible(mean, log_scale, noise, axis):
             bounds = self.config.log_scale_min, self.config.log_scale_max
-            z, kl = sample_with_kl(mean, log_scale, noise, *self._prior(mean, axis), *bounds)
+            prior = self._prior(mean, axis)
+            z, *charges = sample_with_kl(mean, log_scale, noise, *prior, *bounds, weights.kl, weights.energy)
         else:
             log_scale = log_scale.clamp(self.config.log_scale_min, self.config.log_scale_max)
-            z, kl = None, None
+            z = None
             if noise is not None:
                 z = sample_gaussian(mean, log_scale, noise, copies=axis.rows // h.shape[0])
         z = self.pooled_mean(h) if z is None else self.pool(z).to(h.dtype)
         if axis.record:
-            self._record(h, z, kl, mean, log_scale, axis)
+            if charges is None:
+                kl = self.elementwise_kl(mean, log_scale, axis)
+                sums = weighted_sums(kl, mean.to(kl.dtype), weights.kl, weights.energy)
+                charges = [kl.flatten(2).sum(-1), *sums]
+            self._record(h, z, charges, weights, mean, log_scale, axis)
         return z
 
     def _noise(self, h: Tensor, axis: SampleAxis) -> Tensor:
@@ -152,17 +172,25 @@ class EVE(nn.Module):
             return False
         return mean.ndim == 3 and mean.shape == log_scale.shape == noise.shape
 
-    def _record(self, h, z, kl, mean, log_scale, axis):
+    def _record(self, h, z, charges: list, weights: UnitWeights, mean, log_scale, axis):
         measured = self._statistics(mean, log_scale, axis) if axis.statistics else {}
-        if kl is None:
-            kl = self.elementwise_kl(mean, log_scale, axis).flatten(2).sum(-1)
+        kl, charged_kl, energy = charges
+        if energy is not None and weights.constant is not None:
+            energy = energy + weights.constant
         reconstruction = None
         if self.config.reconstruction_weight > 0:
             target = axis.expand(h)
             decoded = z.to(kl.dtype) * self.reconstruction_decoder.to(kl.dtype)
             reconstruction = (decoded - target.detach().to(kl.dtype)).square().mean(-1)
         statistics = PosteriorStatistics(kl, **measured)
-        record = PosteriorRecord(self.layer_idx, statistics, self.units, reconstruction=reconstruction)
+        record = PosteriorRecord(
+            self.layer_idx,
+            statistics,
+            self.units,
+            reconstruction=reconstruction,
+            charged_kl=charged_kl,
+            energy=energy,
+        )
         self.tap(record, axis.tape)
 
     @torch.no_grad()
@@ -203,11 +231,21 @@ class EVE(nn.Module):
             follows = repeat_rows(axis.follows.to(mean.device), mean.shape[0] // axis.batch)
             follows = follows.reshape(*follows.shape, *[1] * (mean.ndim - 2))
             previous = F.pad(mean, [0, 0] * (mean.ndim - 2) + [1, 0])[:, :-1].to(dtype)
-            prior_mean = torch.where(follows, self.config.autoregressive_coefficient * previous, zero)
+            prior_mean = torch.where(follows, self.autoregressive_coefficient(mean.ndim) * previous, zero)
             return prior_mean, torch.where(follows, zero + math.log(self.config.prior_scale), zero)
         per_unit = (lambda t: t.unsqueeze(-1)) if mean.ndim == 4 else (lambda t: t)
         log_scale = per_unit(self.prior_log_scale.to(dtype))
         return (None if kind == "centered" else per_unit(self.prior_mean.to(dtype))), log_scale
+
+    def autoregressive_coefficient(self, ndim: int = 3) -> Tensor | float:
+        """phi of the autoregressive prior: a number, or where it is learned one per unit, [units], and [units, 1] for
+        means with an axis of latent dimensions (`ndim` 4).
+        """
+        if not self.config.learn_autoregressive_coefficient:
+            return self.config.autoregressive_coefficient
+        raw = self.prior_coefficient
+        phi = raw.to(torch.promote_types(raw.dtype, torch.float32)).tanh()
+        return phi.unsqueeze(-1) if ndim == 4 else phi
 
     def extra_repr(self) -> str:
         config = self.config

@@ -50,14 +50,53 @@ def sample_gaussian(mean: Tensor, log_scale: Tensor, noise: Tensor, copies: int 
     return (mean.unsqueeze(1) + scale * noise).flatten(0, 1)
 
 
+def weighted_sums(
+    kl: Tensor, mean: Tensor, kl_weights: Tensor | None, energy_weights: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """What the units of each token are charged where each has weights of its own.
+
+    Args:
+        kl: [rows, length, units], or with a last axis for latent dimensions.
+        mean: of the same shape, or with one entry for all latent dimensions of a unit.
+        kl_weights: r, [units], or `None`.
+        energy_weights: c, [units], or `None`.
+
+    Returns:
+        sum_i r_i KL_i and sum_i c_i mu_i^2, each [rows, length], or `None` where there are no such weights.
+    """
+    charged_kl = energy = None
+    if kl_weights is not None:
+        per_unit = kl if kl.ndim == 3 else kl.sum(-1)
+        charged_kl = (per_unit * kl_weights).sum(-1)
+    if energy_weights is not None:
+        square = mean.square()
+        if kl.ndim == 4:
+            square = square.expand(kl.shape).sum(-1)
+        energy = (square * energy_weights).sum(-1)
+    return charged_kl, energy
+
+
 class _SampleWithKL(torch.autograd.Function):
     """One pass over the activations for the sample and for the KL, block by block."""
 
     @staticmethod
-    def forward(ctx, mean, log_scale, noise, prior_mean, prior_log_scale, log_scale_min, log_scale_max):
+    def forward(
+        ctx,
+        mean,
+        log_scale,
+        noise,
+        prior_mean,
+        prior_log_scale,
+        log_scale_min,
+        log_scale_max,
+        kl_weights,
+        energy_weights,
+    ):
         sample = torch.empty_like(noise)
         dispersion = torch.empty_like(noise)
         kl = noise.new_empty(noise.shape[0])
+        charged_kl = None if kl_weights is None else torch.empty_like(kl)
+        energy = None if energy_weights is None else torch.empty_like(kl)
         inverse_scale = torch.exp(-prior_log_scale).expand(noise.shape[1])
         for rows in _blocks(noise):
             mu = mean[rows].to(noise.dtype)
@@ -67,17 +106,22 @@ class _SampleWithKL(torch.autograd.Function):
             torch.add(mu, dispersion[rows], out=sample[rows])
             # Subtracted unit by unit: near collapse the sums over units are large and equal.
             spread = scale.mul_(inverse_scale).square_().sub_(1.0).mul_(0.5)
-            kl[rows] = spread.sub_(clipped.sub_(prior_log_scale)).sum(-1)
+            spread.sub_(clipped.sub_(prior_log_scale))
             if prior_mean is not None:
-                kl[rows] += 0.5 * (mu - prior_mean).mul_(inverse_scale).square_().sum(-1)
-        ctx.save_for_backward(mean, log_scale, dispersion, prior_mean, prior_log_scale)
+                spread.add_((mu - prior_mean).mul_(inverse_scale).square_(), alpha=0.5)
+            kl[rows] = spread.sum(-1)
+            if charged_kl is not None:
+                charged_kl[rows] = spread.mul_(kl_weights).sum(-1)
+            if energy is not None:
+                energy[rows] = mu.square().mul_(energy_weights).sum(-1)
+        ctx.save_for_backward(mean, log_scale, dispersion, prior_mean, prior_log_scale, kl_weights, energy_weights)
         ctx.bounds = (log_scale_min, log_scale_max)
-        return sample, kl
+        return sample, kl, charged_kl, energy
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, sample_grad, kl_grad):
-        mean, log_scale, dispersion, prior_mean, prior_log_scale = ctx.saved_tensors
+    def backward(ctx, sample_grad, kl_grad, charged_grad, energy_grad):
+        mean, log_scale, dispersion, prior_mean, prior_log_scale, kl_weights, energy_weights = ctx.saved_tensors
         low, high = ctx.bounds
         units = dispersion.shape[1]
         inverse_variance = torch.exp(-2.0 * prior_log_scale).expand(units)
@@ -85,8 +129,11 @@ class _SampleWithKL(torch.autograd.Function):
         log_scale_grad = torch.empty_like(dispersion)
         prior_mean_grad = dispersion.new_zeros(units)
         excess = dispersion.new_zeros(units)
+        slopes = None if energy_weights is None else 2.0 * energy_weights
         for rows in _blocks(dispersion):
             weight = kl_grad[rows, None]
+            if kl_weights is not None:
+                weight = torch.addcmul(weight, charged_grad[rows, None], kl_weights)
             raw = log_scale[rows]
             # (sigma^2 + (mu - m)^2) / s^2, whose excess over 1 is the gradient in log s.
             ratio = (2.0 * raw.clamp(low, high)).exp_().mul_(inverse_variance)
@@ -101,6 +148,8 @@ class _SampleWithKL(torch.autograd.Function):
                 pull.mul_(weight)
                 prior_mean_grad -= pull.sum(0)
                 mean_grad[rows] = pull.add_(sample_grad[rows])
+            if slopes is not None:
+                mean_grad[rows] += (mean[rows] * slopes).mul_(energy_grad[rows, None])
             excess += (weight * (1.0 - ratio)).sum(0)
         return (
             mean_grad,
@@ -108,8 +157,7 @@ class _SampleWithKL(torch.autograd.Function):
             None,
             _like(prior_mean_grad, prior_mean),
             _like(excess, prior_log_scale),
-            None,
-            None,
+            *[None] * 4,
         )
 
 
@@ -134,7 +182,9 @@ def sample_with_kl(
     prior_log_scale: Tensor,
     log_scale_min: float,
     log_scale_max: float,
-) -> tuple[Tensor, Tensor]:
+    kl_weights: Tensor | None = None,
+    energy_weights: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """`sample_gaussian` and `gaussian_kl` summed over units, in one pass forward and one backward.
 
     The clip of the log-scale is part of it, and no gradient passes where it is clipped. The plain functions are its
@@ -146,15 +196,17 @@ def sample_with_kl(
         noise: [rows, length, units].
         prior_mean: [units], 0-dim, or `None` (centred on the mean).
         prior_log_scale: [units] or 0-dim.
+        kl_weights, energy_weights: [units], without gradient, or `None`; see `weighted_sums`.
 
     Returns:
-        sample [rows, length, units] in the dtype of `noise`, kl [rows, length].
+        sample [rows, length, units] in the dtype of `noise`; kl [rows, length]; the two of `weighted_sums`.
     """
     if torch.compiler.is_compiling():
         clipped = log_scale.clamp(log_scale_min, log_scale_max)
-        kl = gaussian_kl(mean.to(noise.dtype), clipped, prior_mean, prior_log_scale).sum(-1)
-        return sample_gaussian(mean, clipped, noise), kl
-    sample, kl = _SampleWithKL.apply(
+        wide = mean.to(noise.dtype)
+        kl = gaussian_kl(wide, clipped, prior_mean, prior_log_scale)
+        return sample_gaussian(mean, clipped, noise), kl.sum(-1), *weighted_sums(kl, wide, kl_weights, energy_weights)
+    sample, *sums = _SampleWithKL.apply(
         mean.flatten(0, 1),
         log_scale.flatten(0, 1),
         noise.flatten(0, 1),
@@ -162,5 +214,8 @@ def sample_with_kl(
         prior_log_scale,
         log_scale_min,
         log_scale_max,
+        kl_weights,
+        energy_weights,
     )
-    return sample.unflatten(0, mean.shape[:2]), kl.unflatten(0, mean.shape[:2])
+    rows = mean.shape[:2]
+    return sample.unflatten(0, rows), *(one if one is None else one.unflatten(0, rows) for one in sums)

@@ -103,6 +103,8 @@ class VariationalHeadMixin:
         loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
         if penalties.reconstruction is not None:
             loss = loss + self.config.eve.reconstruction_weight * penalties.reconstruction
+        if penalties.energy is not None:
+            loss = loss + penalties.energy
         return {
             "loss": loss,
             "kl": penalties.kl,

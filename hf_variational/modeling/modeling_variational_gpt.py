@@ -19,7 +19,7 @@ from .layers_variational_gpt import VariationalGPTDecoderLayer
 from .loading import WholeFilesMixin
 from .objective import ScoredTokens, attended_positions, following_positions, shift_targets
 from .outputs import VariationalCausalLMOutput, VariationalModelOutput
-from .posterior import PosteriorTap
+from .posterior import PosteriorTap, UnitWeights, check_unit_weights
 from .readout import read_out
 from .sample_axis import SampleAxis, prepare_cache, tokens_held
 from .saving import CardMixin
@@ -30,7 +30,7 @@ class VariationalGPTPreTrainedModel(WholeFilesMixin, NonReentrantMixin, LlamaPre
     config_class = VariationalGPTConfig
     _no_split_modules = ["VariationalGPTDecoderLayer"]
     _keep_in_fp32_modules_strict = [
-        *("log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale"),
+        *("log_scale", "scale_down", "scale_up", "scale_weight", "prior_log_scale", "prior_coefficient"),
         "posterior",
     ]
     _can_record_outputs = {
@@ -93,6 +93,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
         output_posteriors: bool = False,
         output_statistics: bool | None = None,
         token_weights: Tensor | None = None,
+        unit_weights: dict[int, UnitWeights] | None = None,
         **kwargs,
     ) -> VariationalModelOutput:
         """
@@ -101,10 +102,12 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
             output_posteriors: returns the tape.
             output_statistics: whether the tape has per-unit statistics; `None`: yes, if there is a tape.
             token_weights: [batch, length], 1 at the positions that the statistics average; `None`: the attended ones.
+            unit_weights: layer number to [`UnitWeights`]: what its units are charged, each by itself.
 
         Raises:
             ValueError: for a number of samples that is not a whole number of at least 0, or samples without
-                variational layers, or a cache that was filled with another number of samples.
+                variational layers, or a cache that was filled with another number of samples, or weights for units
+                that are not there.
         """
         if (input_ids is None) ^ (inputs_embeds is not None):
             raise ValueError("Give exactly one of input_ids and inputs_embeds.")
@@ -125,6 +128,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
             # Only a caller's can pack several sequences in a row, and looking for that waits for the device.
             position_ids=given_position_ids,
         )
+        check_unit_weights(unit_weights, self.config.eve_layer_indices())
         split = self.variational_layers[0] if self.variational_layers else self.config.num_hidden_layers
         if past_key_values is not None and self.variational_layers:
             prepare_cache(past_key_values, self.config.num_hidden_layers, split, num_samples)
@@ -147,6 +151,7 @@ class VariationalGPTModel(VariationalGPTPreTrainedModel, LlamaModel):
             follows=following_positions(attended, position_ids) if record else None,
             cache=past_key_values if num_samples else None,
             seen=seen,
+            unit_weights=unit_weights,
         )
         per_row = {
             "attention_mask": causal_mask,
@@ -242,6 +247,7 @@ class VariationalGPTForCausalLM(
             free_bits: nats of KL per unit that cost nothing: a layer is charged at each token for at least
                 `free_bits * units`.
             num_items_in_batch (in `kwargs`): target tokens of the whole accumulated batch, the loss's divisor.
+            unit_weights (in `kwargs`): layer number to [`UnitWeights`]: what its units are charged, each by itself.
 
         Raises:
             ValueError: if uncertainty is asked of a mean pass, or see `VariationalGPTModel`.

@@ -54,12 +54,14 @@ class Penalties:
         kl_per_layer: [variational layers].
         charged_kl: the KL that the loss is charged for: `kl`, or more where free bits hold a layer's charge up.
         reconstruction: sum of the layers' local reconstruction errors, 0-dim, or `None`.
+        energy: what the units' mean energies are charged, 0-dim, or `None` where no unit has a weight for it.
     """
 
     kl: Tensor
     kl_per_layer: Tensor
     charged_kl: Tensor
     reconstruction: Tensor | None
+    energy: Tensor | None = None
 
 
 def shift_targets(labels: Tensor) -> Tensor:
@@ -93,31 +95,34 @@ def posterior_penalties(
         records: the tape, at least one record.
         scored: the target tokens.
         free_bits: nats that a unit may spend at a token at no cost and no gradient (free bits, Kingma et al. 2016): a
-            record is charged at each token for at least `free_bits` times its units.
+            record is charged at each token for at least `free_bits` times its units. Where the units have weights of
+            their own (`UnitWeights`) that is the least of the weighted sum.
     """
     batch, device = scored.weights.shape[0], scored.weights.device
 
     def per_target(values: Tensor) -> Tensor:
         return (values.to(device) * scored.weights).sum() / scored.num_items
 
+    def added_up(name: str) -> Tensor | None:
+        parts = [getattr(record, name) for record in records if getattr(record, name) is not None]
+        return torch.stack([per_target(mean_over_samples(part, batch)) for part in parts]).sum() if parts else None
+
+    is_plain = free_bits == 0 and all(record.charged_kl is None for record in records)
     spent = {}
     charged = []
     for record in records:
         kl = mean_over_samples(record.statistics.kl, batch)
-        if free_bits > 0:
-            charged.append(per_target(kl.clamp(min=free_bits * record.units)))
+        if not is_plain:
+            charge = kl if record.charged_kl is None else mean_over_samples(record.charged_kl, batch)
+            charged.append(per_target(charge.clamp(min=free_bits * record.units) if free_bits > 0 else charge))
             kl = kl.detach()
         value = per_target(kl)
         spent[record.layer] = spent[record.layer] + value if record.layer in spent else value
     kl_per_layer = torch.stack([spent[layer] for layer in sorted(spent)])
-    errors = [
-        per_target(mean_over_samples(record.reconstruction, batch))
-        for record in records
-        if record.reconstruction is not None
-    ]
     return Penalties(
         kl=kl_per_layer.sum(),
         kl_per_layer=kl_per_layer,
-        charged_kl=torch.stack(charged).sum() if charged else kl_per_layer.sum(),
-        reconstruction=torch.stack(errors).sum() if errors else None,
+        charged_kl=kl_per_layer.sum() if is_plain else torch.stack(charged).sum(),
+        reconstruction=added_up("reconstruction"),
+        energy=added_up("energy"),
     )

@@ -1,6 +1,8 @@
 """The posterior tape: what a variational layer tells of its posterior to whoever listens to this forward pass."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +24,7 @@ class PosteriorStatistics:
         mean_energy: E[mu^2] per unit, likewise averaged (and summed over a unit's latent dimensions), [units].
         scale_per_token, mean_energy_per_token: the same of each token, averaged over units and posterior samples,
             [batch, length].
+        tokens: rows times tokens that carry KL, which the averages per unit are over, 0-dim.
     """
 
     kl: Tensor
@@ -30,6 +33,7 @@ class PosteriorStatistics:
     mean_energy: Tensor | None = None
     scale_per_token: Tensor | None = None
     mean_energy_per_token: Tensor | None = None
+    tokens: Tensor | None = None
 
     def over_samples(self, batch: int) -> "PosteriorStatistics":
         """The same with the rows of what is per token averaged over posterior samples, to [batch, length]."""
@@ -73,7 +77,7 @@ class AttentionStatistics:
 class PosteriorRecord:
     """What a posterior hands to the tape.
 
-    `statistics.kl` and `reconstruction` have one row per row of the layer, [rows, length].
+    `statistics.kl`, `reconstruction`, `charged_kl` and `energy` have one row per row of the layer, [rows, length].
 
     Attributes:
         layer: number of the layer.
@@ -81,6 +85,8 @@ class PosteriorRecord:
         units: how many latents a token has here (feed-forward units, or attention heads): free bits are per unit.
         site: `"ffn"` or `"attention"`.
         reconstruction: error of the local reconstruction.
+        charged_kl: sum over units of their KL times its weight, where the units have weights of their own.
+        energy: what their mean energies are charged, likewise; see [`UnitWeights`].
     """
 
     layer: int
@@ -88,6 +94,50 @@ class PosteriorRecord:
     units: int
     site: str = "ffn"
     reconstruction: Tensor | None = None
+    charged_kl: Tensor | None = None
+    energy: Tensor | None = None
+
+
+class UnitWeights(NamedTuple):
+    """What the units of one layer are charged, beyond what all are charged alike; float32, without gradients.
+
+    The loss has, per token, kl_weight * sum_i kl_i KL_i instead of kl_weight * sum_i KL_i, and on top of it
+    sum_i energy_i mu_i^2 + constant. With energy_i the derivative of a penalty P of the mean energies E[mu_i^2], and
+    constant = P - sum_i energy_i E[mu_i^2], that is P to first order: it has the gradient of P and, unlike P, is a sum
+    over tokens, so it is the same for any accumulation and any number of devices.
+
+    Attributes:
+        kl: weight of each unit's KL relative to `kl_weight`, [units]; `None`: 1.
+        energy: weight of each unit's mu^2, [units]; `None`: 0. (Of stacked experts: one expert's units after the
+            other's.)
+        constant: 0-dim, or `None`.
+    """
+
+    kl: Tensor | None = None
+    energy: Tensor | None = None
+    constant: Tensor | None = None
+
+
+def check_unit_weights(unit_weights: Mapping[int, UnitWeights] | None, layers: Sequence[int]) -> None:
+    """Raises `ValueError` that names a layer that has weights for its units and no units."""
+    for layer in unit_weights or ():
+        if layer not in layers:
+            raise ValueError(
+                f"unit_weights has weights for layer {layer!r}, and the layers with variational units are "
+                f"{list(layers)}."
+            )
+
+
+def weights_of(unit_weights: Mapping[int, UnitWeights] | None, layer: int, units: int) -> UnitWeights:
+    """The weights of a layer's units; raises `ValueError` if they are of another number of units."""
+    weights = UnitWeights() if unit_weights is None else unit_weights.get(layer, UnitWeights())
+    for name in ("kl", "energy"):
+        values = getattr(weights, name)
+        if values is not None and values.shape != (units,):
+            raise ValueError(
+                f"unit_weights[{layer}].{name} has the shape {[*values.shape]}, and layer {layer} has {units} units."
+            )
+    return weights
 
 
 class PosteriorTap(nn.Module):
@@ -130,10 +180,11 @@ def unit_statistics(
 
     Returns:
         `kl_per_unit`, `scale`, `mean_energy`, each [units], and `scale_per_token`, `mean_energy_per_token`, each
-        [rows, length]; float32.
+        [rows, length]; float32. And `tokens`, 0-dim.
     """
     shape = torch.broadcast_shapes(kl.shape, log_scale.shape, mean.shape)
-    total = (weights.sum() if total is None else total).clamp(min=1)
+    tokens = weights.sum() if total is None else total
+    total = tokens.clamp(min=1)
 
     def of_units(values: Tensor, over_latent) -> Tensor:
         values = values.expand(shape)
@@ -151,6 +202,7 @@ def unit_statistics(
         "mean_energy": average(energy),
         "scale_per_token": scale.mean(-1),
         "mean_energy_per_token": energy.mean(-1),
+        "tokens": tokens.float(),
     }
 
 
@@ -158,9 +210,8 @@ def join_statistics(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """Joins `unit_statistics` of consecutive rows, each with the `total` of all of them."""
     if len(parts) == 1:
         return parts[0]
-    return {
-        name: torch.cat([part[name] for part in parts])
-        if name.endswith("_per_token")
-        else torch.stack([part[name] for part in parts]).sum(0)
-        for name in parts[0]
-    }
+    joined = {"tokens": parts[0]["tokens"]}
+    for name in parts[0].keys() - joined.keys():
+        values = [part[name] for part in parts]
+        joined[name] = torch.cat(values) if name.endswith("_per_token") else torch.stack(values).sum(0)
+    return joined

@@ -57,7 +57,9 @@ class Pass:
         return answer
 
 
-def pass_of(model, inputs: dict, num_samples: int, record: bool, statistics: bool) -> Pass:
+def pass_of(
+    model, inputs: dict, num_samples: int, record: bool, statistics: bool, unit_weights: dict | None = None
+) -> Pass:
     """Reads the arguments of a stock forward pass; a cache among them is made ready for samples.
 
     Raises:
@@ -105,6 +107,7 @@ def pass_of(model, inputs: dict, num_samples: int, record: bool, statistics: boo
             seen=seen if is_last else 0,
             tape=tape,
             first_layer=first,
+            unit_weights=unit_weights,
         )
         axis.visited = visited
         attentions = inputs.get("output_attentions")

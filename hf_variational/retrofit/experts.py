@@ -6,7 +6,8 @@ from torch.nn import functional as F
 
 from ..modeling.configuration_variational_gpt import EVEConfig
 from ..modeling.eve import EVE
-from ..modeling.posterior import PosteriorRecord, PosteriorStatistics
+from ..modeling.gaussian import weighted_sums
+from ..modeling.posterior import PosteriorRecord, PosteriorStatistics, weights_of
 from ..modeling.sample_axis import SampleAxis
 from .passes import active_axis
 
@@ -88,7 +89,7 @@ def variational_experts_forward(
         else:
             z = eve.pooled_mean(h)
         if spent is not None:
-            spent.add(eve, h, token)
+            spent.add(expert, eve, h, token)
         y = F.linear(z, experts.down_proj[expert]) * top_k_weights[token, place, None]
         output = output.index_add(0, token, y.to(output.dtype))
     if spent is not None:
@@ -109,16 +110,28 @@ class _Spent:
         self.eves, self.axis = eves, axis
         dtype = torch.promote_types(like.dtype, torch.float32)
         self.kl = torch.zeros(tokens, dtype=dtype, device=like.device)
+        self.unit_weights = weights_of(axis.unit_weights, eves.layer_idx, eves.units * len(eves))
+        self.charged_kl = None if self.unit_weights.kl is None else torch.zeros_like(self.kl)
+        self.energy = None if self.unit_weights.energy is None else torch.zeros_like(self.kl)
         self.weights = axis.weights(axis.rows, tokens // axis.rows, like.device).flatten().to(dtype)
         self.sums = {name: [] for name in ("kl_per_unit", "scale", "mean_energy")}
 
-    def add(self, eve: EVE, h: Tensor, token: Tensor) -> None:
+    def add(self, expert: int, eve: EVE, h: Tensor, token: Tensor) -> None:
         """Takes the tokens, numbered by `token`, that were sent to an expert with activations `h`."""
         config = eve.config
         log_scale = eve.raw_log_scale(h).clamp(config.log_scale_min, config.log_scale_max)
         mean = eve.mean(h).to(log_scale.dtype)
         elementwise = eve.elementwise_kl(mean, log_scale, self.axis)
         self.kl = self.kl.index_add(0, token, elementwise.sum(-1))
+        own = slice(expert * eve.units, (expert + 1) * eve.units)
+        kl_weights, energy_weights = (
+            None if values is None else values[own] for values in (self.unit_weights.kl, self.unit_weights.energy)
+        )
+        charged_kl, energy = weighted_sums(elementwise[None], mean[None], kl_weights, energy_weights)
+        if charged_kl is not None:
+            self.charged_kl = self.charged_kl.index_add(0, token, charged_kl[0])
+        if energy is not None:
+            self.energy = self.energy.index_add(0, token, energy[0])
         if self.axis.statistics:
             with torch.no_grad():
                 weights = self.weights[token, None]
@@ -129,10 +142,19 @@ class _Spent:
     def record(self) -> PosteriorRecord:
         per_unit = {}
         if self.axis.statistics:
-            total = self.weights.sum().clamp(min=1)
+            tokens = self.weights.sum()
+            total = tokens.clamp(min=1)
             per_unit = {name: (torch.cat(parts) / total).float() for name, parts in self.sums.items()}
-        statistics = PosteriorStatistics(self.kl.unflatten(0, (self.axis.rows, -1)), **per_unit)
-        return PosteriorRecord(self.eves.layer_idx, statistics, self.eves.units * len(self.eves))
+            per_unit["tokens"] = tokens.float()
+        rows = (self.axis.rows, -1)
+        charged_kl, energy = (
+            None if values is None else values.unflatten(0, rows) for values in (self.charged_kl, self.energy)
+        )
+        if energy is not None and self.unit_weights.constant is not None:
+            energy = energy + self.unit_weights.constant
+        statistics = PosteriorStatistics(self.kl.unflatten(0, rows), **per_unit)
+        units = self.eves.units * len(self.eves)
+        return PosteriorRecord(self.eves.layer_idx, statistics, units, charged_kl=charged_kl, energy=energy)
 
 
 def _eager(experts: nn.Module, *args) -> Tensor:

@@ -13,7 +13,7 @@ from ..modeling.configuration_variational_gpt import check_num_posterior_samples
 from ..modeling.eve import EVE
 from ..modeling.heads import NonReentrantMixin, check_samples_for
 from ..modeling.objective import IGNORE_INDEX, posterior_penalties
-from ..modeling.posterior import check_complete
+from ..modeling.posterior import check_complete, check_unit_weights
 from ..modeling.predictive import widen
 from ..modeling.readout import read_out
 from ..modeling.sample_axis import repeat_rows
@@ -32,6 +32,7 @@ ARGUMENTS = {
     "output_sample_logits": False,
     "kl_weight": None,
     "free_bits": 0.0,
+    "unit_weights": None,
 }
 _SCORED = ("logits", "start_logits", "end_logits", "prediction_logits", "seq_relationship_logits")
 
@@ -130,7 +131,8 @@ class VariationalMixin(NonReentrantMixin):
             if num_samples or record:
                 _refuse_kernel(self.config._attn_implementation)
             return stock(**inputs)
-        passed = pass_of(self, inputs, num_samples, record, bool(ours["output_posteriors"]))
+        check_unit_weights(ours["unit_weights"], [layer for layer, site in settings.sites if site == "ffn"])
+        passed = pass_of(self, inputs, num_samples, record, bool(ours["output_posteriors"]), ours["unit_weights"])
         _refuse_continuation(settings, passed)
         _refuse_mean_encoder(settings, passed, inputs)
         num_items = inputs.pop("num_items_in_batch", None) if targets else None
@@ -267,6 +269,9 @@ class VariationalMixin(NonReentrantMixin):
             if errors:
                 outputs["reconstruction"] = sum(errors)
                 outputs["loss"] = outputs["loss"] + settings.eve.reconstruction_weight * sum(errors)
+            energies = [part.energy for part in parts if part.energy is not None]
+            if energies:
+                outputs["loss"] = outputs["loss"] + sum(energies)
         if ours["output_posteriors"]:
             for name, site in (("posteriors", "ffn"), ("attention_posteriors", "attention")):
                 outputs[name] = {

@@ -198,7 +198,7 @@ class TestCompile:
 
         def neurons(mean, log_scale):
             centre = prior_mean if prior == "empirical" else None
-            return sample_with_kl(mean, log_scale, noise, centre, prior_log_scale, -1.0, 1.0)
+            return sample_with_kl(mean, log_scale, noise, centre, prior_log_scale, -1.0, 1.0)[:2]
 
         found = []
         for function in (neurons, torch.compile(neurons)):

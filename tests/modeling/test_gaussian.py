@@ -113,7 +113,7 @@ def naive(mean, log_scale, noise, prior_mean, prior_log_scale, low, high):
 def run(function, mean, log_scale, noise, prior, weights=(1.0, 1.0)):
     """Outputs and the gradients of a random projection of them, in everything that can have one."""
     leaves = [t.detach().clone().requires_grad_() if t is not None else None for t in (mean, log_scale, *prior)]
-    sample, kl = function(leaves[0], leaves[1], noise, leaves[2], leaves[3], *BOUNDS)
+    sample, kl, *_ = function(leaves[0], leaves[1], noise, leaves[2], leaves[3], *BOUNDS)
     projection = draw(*sample.shape, dtype=sample.dtype, seed=8), draw(*kl.shape, dtype=kl.dtype, seed=9)
     total = weights[0] * (sample * projection[0]).sum() + weights[1] * (kl * projection[1]).sum()
     held = [leaf for leaf in leaves if leaf is not None]
@@ -179,7 +179,7 @@ class TestFused:
 
         def function(mean, log_scale, *rest):
             prior_mean = None if priors[0] is None else rest[0]
-            return sample_with_kl(mean, log_scale, noise, prior_mean, rest[-1], *BOUNDS)
+            return sample_with_kl(mean, log_scale, noise, prior_mean, rest[-1], *BOUNDS)[:2]
 
         assert torch.autograd.gradcheck(function, leaves)
 
@@ -190,14 +190,14 @@ class TestFused:
         inputs = mean, log_scale, draw(2, 5, 12, seed=2), prior_of("empirical", 12)
         for actual, expected in zip(run(sample_with_kl, *inputs), run(naive, *inputs), strict=True):
             torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-5)
-        sample, kl = sample_with_kl(*(torch.zeros(0, 3, 4),) * 3, *prior_of("standard", 4), *BOUNDS)
+        sample, kl, *_ = sample_with_kl(*(torch.zeros(0, 3, 4),) * 3, *prior_of("standard", 4), *BOUNDS)
         assert sample.shape == (0, 3, 4) and kl.shape == (0, 3)
 
     def test_leaves_its_inputs_alone(self):
         tensors = [draw(2, 3, 4), draw(2, 3, 4, seed=1), draw(2, 3, 4, seed=2), *prior_of("empirical", 4)]
         before = [t.clone() for t in tensors]
         tensors[0].requires_grad_()
-        sample, kl = sample_with_kl(*tensors, *BOUNDS)
+        sample, kl, *_ = sample_with_kl(*tensors, *BOUNDS)
         (sample.sum() + kl.sum()).backward()
         for tensor, copy in zip(tensors, before, strict=True):
             assert torch.equal(tensor, copy)
@@ -207,7 +207,7 @@ class TestFused:
         """A collapsed layer: thousands of logarithms cancel, and what is left is rounding, far below 1e-4 a unit."""
         mean = draw(2, 4, units)
         log_scale = draw(units, seed=1, spread=0.5).clamp(*BOUNDS)
-        _, kl = sample_with_kl(
+        _, kl, *_ = sample_with_kl(
             mean, log_scale.expand(2, 4, units), draw(2, 4, units, seed=2), None, log_scale, *BOUNDS
         )
         assert kl.abs().max() < 1e-6 * units
