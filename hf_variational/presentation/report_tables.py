@@ -14,7 +14,7 @@ from rich.text import Text
 from ..evaluation.report import EvaluationReport
 from .measures import format_value, label_of
 
-__all__ = ["Cell", "ReportTable", "page_tables", "report_tables"]
+__all__ = ["Cell", "ReportTable", "large", "page_tables", "report_tables"]
 
 # Scores of a window that tell texts apart; report.json has all of them.
 _SHOWN = ("predictive_entropy", "mutual_information", "nll")
@@ -86,7 +86,8 @@ def _columns(rows: Mapping[str, list], less: list[bool | None], shows: list[Call
     return [(name, [column[place] for column in columns]) for place, name in enumerate(rows)]
 
 
-def _large(value: float) -> str:
+def large(value: float) -> str:
+    """Three significant digits and a unit prefix."""
     for size, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
             return f"{format_value(value / size)} {unit}"
@@ -219,7 +220,7 @@ def _costs(report: EvaluationReport) -> ReportTable | None:
         "seconds",
         "peak bytes",
     ]
-    shows = [str, _large, _large, _large, _large, format_value, _large]
+    shows = [str, large, large, large, large, format_value, large]
     note = (
         "FLOPs are of a token. Seconds are of the pass over the test data, which a tempered contender shares; the "
         "peak is of one batch, beside the weights."
