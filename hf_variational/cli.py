@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from .autopilot.command import autopilot
 from .command_line import Device, Model, Seed, Trust, check_whole, fail, load, reported, samples_of
 from .presentation.measures import MEASURES
 
@@ -326,7 +327,9 @@ def evaluate(
     if output is None:
         if given := [option for option, value in asked.items() if value]:
             fail(f"{given[0]} needs --output, the folder of the report", 2)
-        _evaluate_files(
+        from .evaluation_program.files import evaluate_files
+
+        evaluate_files(
             model, data, samples, block_size, batch_size, max_batches, seed, as_json, trust_remote_code, device
         )
         return
@@ -373,51 +376,86 @@ def evaluate(
     typer.echo(f"wrote {output / 'report.html'}", err=True)
 
 
-def _evaluate_files(
-    model, data, samples, block_size, batch_size, max_batches, seed, as_json, trust_remote_code, device
+@app.command()
+def inspect(
+    model: Model,
+    data: Annotated[str, typer.Option(help="A text file, or the name of a data set.")],
+    output: Annotated[Path, typer.Option(help="The page; its numbers go to a .json beside it.")] = Path(
+        "inspect.html"
+    ),
+    against: Annotated[
+        str | None, typer.Option(help="What has changed since: another checkpoint, or the .json of an inspection.")
+    ] = None,
+    other_data: Annotated[str | None, typer.Option(help="What changes on another text: a file, or a name.")] = None,
+    band_target: Annotated[
+        float | None, typer.Option(help="Where the mean energy of a unit should be: the band's target.")
+    ] = None,
+    band_low: Annotated[
+        float | None, typer.Option(help="The band's lower end, as a multiple of the target.  [default: 0.5]")
+    ] = None,
+    band_high: Annotated[float | None, typer.Option(help="Its upper end, likewise.  [default: 2]")] = None,
+    band_spread: Annotated[
+        float | None,
+        typer.Option(help="Targets rise with the unit's number from target / SPREAD to target * SPREAD."),
+    ] = None,
+    samples: Annotated[int, typer.Option(help="Posterior samples of each token; 0 is the mean pass.")] = 1,
+    length: Annotated[
+        int | None, typer.Option(help="Tokens of a sequence.  [default: 256, or what the model takes]")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Sequences of a batch.")] = 8,
+    max_sequences: Annotated[int | None, typer.Option(help="Read so many sequences of each text only.")] = None,
+    seed: Seed = 0,
+    trust_remote_code: Trust = False,
+    device: Device = None,
 ) -> None:
-    """The metrics of each file, printed."""
-    for path in data:
-        if not Path(path).is_file():
-            fail(f"--data {path} is no file: give a text file", 2)
+    """Look inside: KL, scale and mean energy of every unit, dead and exploding ones by number, what has drifted."""
+    check_whole("--samples", samples, 0)
+    check_whole("--length", length, 2)
+    check_whole("--batch-size", batch_size, 1)
+    check_whole("--max-sequences", max_sequences, 1)
+    if against is not None and other_data is not None:
+        fail("--against compares models and --other-data texts: leave one of them out", 2)
+    from .diagnostics_program.options import band_options
+    from .diagnostics_program.program import check_output, run
+    from .evaluation_program.texts import source_of
+
+    with reported():
+        check_output(output)
+        band = band_options(band_target, band_low, band_high, band_spread)
+        source = source_of(data, "--data")
+        other = None if other_data is None else source_of(other_data, "--other-data")
     network, tokenizer, variational = load(model, trust_remote_code, device)
-    count = samples_of(samples, variational, model)
+    if not variational:
+        fail(f"{model} is deterministic: it has no variational neurons to look inside; retrofit or train one that has")
+    compared = None
+    if against is not None:
+        is_file = against.endswith(".json")
+        compared = Path(against) if is_file else lambda: (load(against, trust_remote_code, device)[0], against)
     longest = getattr(network.config, "max_position_embeddings", None) or 256
-    import datasets
-
-    from .evaluation import evaluate_language_model
-    from .training.data import load_text, pack
-
-    datasets.disable_progress_bars()  # packing is quick; the evaluation has a bar
-    results = {}
-    for path in data:
-        with reported(str(path)):
-            blocks = pack(load_text(path), tokenizer, block_size or min(256, longest))
-            results[str(path)] = evaluate_language_model(
-                network,
-                blocks,
-                num_posterior_samples=count,
-                batch_size=batch_size,
-                max_batches=max_batches,
-                progress=sys.stderr.isatty(),
-                seed=seed,
-            )
-    if as_json:
-        typer.echo(
-            json.dumps({"model": model, "num_posterior_samples": count, "seed": seed, "data": results}, indent=1)
+    with reported():
+        found, changes = run(
+            network,
+            tokenizer,
+            model,
+            source,
+            output,
+            against=compared,
+            other_data=other,
+            band=band,
+            samples=samples,
+            length=length or min(256, longest),
+            batch_size=batch_size,
+            max_sequences=max_sequences,
+            seed=seed,
+            progress=sys.stderr.isatty(),
         )
-        return
-    from rich.console import Console
+    typer.echo(found.table())
+    if changes is not None:
+        typer.echo(f"\n{changes.table()}")
+    typer.echo(f"wrote {output} and {output.with_suffix('.json')}", err=True)
 
-    from .presentation.terminal import comparison_table
 
-    console = Console()
-    for name, result in results.items():
-        columns = {f"{count} samples": result.get("samples"), "mean pass": result["mean_pass"]}
-        # Not wrapped: a path is to be copied.
-        title = f"{name}, {result['mean_pass']['num_tokens']:,} tokens"
-        console.print(title, style="bold", soft_wrap=True, highlight=False, markup=False)
-        console.print(comparison_table({k: v for k, v in columns.items() if v is not None}), "")
+app.command()(autopilot)
 
 
 def main() -> None:

@@ -295,7 +295,7 @@ def test_a_traceback_on_request(tmp_path, monkeypatch):
 
 def test_the_commands_are_listed():
     result = run("--help")
-    assert all(command in result.stdout for command in ("demo", "train", "generate", "evaluate"))
+    assert all(command in result.stdout for command in ("demo", "train", "generate", "evaluate", "inspect"))
 
 
 def test_errors_have_no_traceback_in_a_real_process(tmp_path):
