@@ -4,21 +4,19 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
-from transformers.utils import logging
 
 from ..evaluation.token_scores import TokenScores
 from .policy import SCHEDULE, Action, check_schedule, check_tolerance
 from .settling import Acted, KeptLooks, act_on_data, check_measure, sequence_means
 
-logger = logging.get_logger(__name__)
-
 QUALITY = 0.01
 # Of the quality that is allowed to be lost, the share that a tolerance may lose on validation data; the rest is left
 # to what other data will do differently.
 _VALIDATION_SHARE = 0.5
-_CANDIDATES = 128
+_CANDIDATES = 64
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,15 @@ class QualityAtCost:
     mean_samples: float
     nll: float
     aurc: float
+
+    @classmethod
+    def of(cls, acted: Acted, tolerance: float) -> "QualityAtCost":
+        return cls(tolerance, acted.cost.mean_samples, acted.nll, acted.aurc())
+
+    def is_within(self, quality: float, full: "QualityAtCost") -> bool:
+        """Whether NLL and AURC are as near to those of all samples as validation data has to show."""
+        allowed = 1 + quality * _VALIDATION_SHARE
+        return self.nll <= allowed * full.nll and self.aurc <= allowed * full.aurc
 
 
 @dataclass(frozen=True)
@@ -102,23 +109,18 @@ class AdaptiveSampling:
                 not rise, or a quality outside (0, 1).
         """
         check_measure(measure)
-        check_quality(quality)
+        check_share("quality", quality)
         options = {"batch_size": batch_size, "seed": seed, "progress": progress}
         return cls.fit_looks(KeptLooks.draw(model, validation, schedule, **options), measure, quality)
 
     @classmethod
     def fit_looks(cls, looks: KeptLooks, measure: str, quality: float = QUALITY) -> "AdaptiveSampling":
         """The same of looks that are there already."""
-        errors = torch.cat([_sequence_errors(table, measure).unique() for table in looks.looks[:-1]])
-        inside = errors.quantile(torch.linspace(0, 1, _CANDIDATES, dtype=errors.dtype)).tolist() if len(errors) else []
         frontier = []
-        for tolerance in (0.0, *sorted(set(inside)), math.inf):
+        for tolerance in tolerances([_sequence_errors(table, measure) for table in looks.looks[:-1]]):
             acted = looks.act(cls(tolerance, looks.schedule, measure).act, measure)
-            frontier.append(QualityAtCost(tolerance, acted.cost.mean_samples, acted.nll, acted.aurc()))
-        full, allowed = frontier[0], 1 + quality * _VALIDATION_SHARE
-        within = [p for p in frontier if p.nll <= allowed * full.nll and p.aurc <= allowed * full.aurc]
-        # Of equal costs the smallest tolerance.
-        best = min(within, key=lambda point: (point.mean_samples, point.tolerance))
+            frontier.append(QualityAtCost.of(acted, tolerance))
+        best = cheapest([point for point in frontier if point.is_within(quality, frontier[0])])
         return cls(best.tolerance, looks.schedule, measure, tuple(frontier))
 
     def evaluate(self, model, data, *, batch_size: int = 8, seed: int = 0, progress: bool = True) -> Acted:
@@ -136,10 +138,23 @@ class AdaptiveSampling:
         return torch.where(enough | last, Action.ANSWER, Action.DRAW_MORE).to(torch.int8)
 
 
-def check_quality(quality) -> float:
-    if isinstance(quality, bool) or not isinstance(quality, (int, float)) or not 0 < quality < 1:
-        raise ValueError(f"`quality` is the share of NLL and AURC that may be lost, in (0, 1), got {quality!r}.")
-    return float(quality)
+def tolerances(errors: Sequence[Tensor]) -> list[float]:
+    """Tolerances to try, rising from 0 to infinity, of the units' errors at each look but the last, [units] each."""
+    if not errors:
+        return [0.0]
+    values = np.unique(torch.cat(list(errors)).double().numpy())
+    inside = np.quantile(values, np.linspace(0, 1, _CANDIDATES), method="inverted_cdf")
+    return [0.0, *np.unique(inside[inside > 0]).tolist(), math.inf]
+
+
+def cheapest(points: Sequence[QualityAtCost]) -> QualityAtCost:
+    """The one with the fewest samples; of equals the smallest tolerance."""
+    return min(points, key=lambda point: (point.mean_samples, point.tolerance))
+
+
+def check_share(name: str, value) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1:
+        raise ValueError(f"`{name}` is a share between 0 and 1, got {value!r}.")
 
 
 def _sequence_errors(scores: TokenScores, measure: str) -> Tensor:

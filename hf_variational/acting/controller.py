@@ -11,14 +11,13 @@ import torch
 from torch import Tensor
 
 from ..evaluation.token_scores import TokenScores
-from .adaptive import QUALITY, AdaptiveSampling, QualityAtCost, check_quality
+from .adaptive import QUALITY, AdaptiveSampling, QualityAtCost, check_share, cheapest, tolerances
 from .generation import ControlledGenerateOutput, controlled_generate
 from .policy import SCHEDULE, ActionThresholds
 from .score import InternalScore
 from .settling import Acted, KeptLooks, act_on_data, check_measure, sequence_means
 
 UNITS = ("step", "sequence")
-# Share of validation units about which an early look may decide otherwise than the last one.
 REVERSALS = 0.01
 
 
@@ -71,6 +70,7 @@ class UncertaintyController:
         schedule: Sequence[int] = SCHEDULE,
         measure: str = "predictive_entropy",
         quality: float = QUALITY,
+        reversals: float = REVERSALS,
         batch_size: int = 8,
         seed: int = 0,
         progress: bool = True,
@@ -80,42 +80,76 @@ class UncertaintyController:
 
         - The coefficients by a logistic regression of wrong tokens, at the last look.
         - `final` such that this share of the validation units is answered at the last look. `answer` and `abstain`
-          lie on either side of it, as near as an early look decides otherwise than the last one about at most 1 % of
-          the units. With `coverage=1` nothing is abstained from, and only the Monte Carlo error stops a unit.
-        - The tolerance as [`AdaptiveSampling.fit`] does.
+          lie on either side of it, as near as scores outside them decide otherwise than the last look about at most
+          half of `reversals`. With `coverage=1` nothing is abstained from, and only the Monte Carlo error stops a
+          unit.
+        - The tolerance with the least cost at which at most `reversals` of the tokens are decided otherwise than with
+          all samples, and NLL and AURC keep what [`AdaptiveSampling.fit`] asks of them. If early decisions by the
+          score cost more quality than that, `answer` and `abstain` go to −∞ and ∞.
 
         Args:
             model: A causal language model with posteriors.
             validation: Text that the model was not trained on; as in [`evaluate_language_model`].
             unit: See [`UncertaintyController`].
             coverage: Share of the validation units to answer, in (0, 1].
+            reversals: Share of the decisions that may be others than with all samples, in (0, 1).
             schedule, measure, quality, batch_size, seed, progress: As in [`AdaptiveSampling.fit`].
 
         Raises:
             ValueError: for a model without posteriors, validation data without a target or whose tokens are all right
-                or all wrong, a coverage outside (0, 1], and as [`AdaptiveSampling.fit`].
+                or all wrong, a coverage outside (0, 1], reversals outside (0, 1), and as [`AdaptiveSampling.fit`].
         """
         _check_unit(unit)
         check_measure(measure)
-        check_quality(quality)
+        check_share("quality", quality)
+        check_share("reversals", reversals)
         check_posteriors(model)
         if isinstance(coverage, bool) or not isinstance(coverage, (int, float)) or not 0 < coverage <= 1:
             raise ValueError(f"`coverage` is the share of validation units to answer, in (0, 1], got {coverage!r}.")
         options = {"batch_size": batch_size, "seed": seed, "progress": progress}
         looks = KeptLooks.draw(model, validation, schedule, internal=True, **options)
         score = InternalScore.fit(looks.looks[-1])
-        sampling = AdaptiveSampling.fit_looks(looks, measure, quality)
         scored = [_unit_scores(score(table.values), table, unit).numpy() for table in looks.looks]
-        return cls(score, _thresholds(scored, coverage), sampling, unit)
+        fitted = _thresholds(scored, coverage, reversals / 2)
+        return cls._cheapest(looks, score, fitted, measure, unit, quality, reversals)
+
+    @classmethod
+    def _cheapest(
+        cls, looks: KeptLooks, score: InternalScore, fitted: ActionThresholds, measure, unit, quality, reversals
+    ) -> "UncertaintyController":
+        def controller(thresholds: ActionThresholds, tolerance: float, frontier=()) -> "UncertaintyController":
+            return cls(score, thresholds, AdaptiveSampling(tolerance, looks.schedule, measure, frontier), unit)
+
+        undecided = ActionThresholds(-math.inf, fitted.final, math.inf)
+        of_all = looks.act(controller(undecided, 0.0).act, measure)
+        full = QualityAtCost.of(of_all, 0.0)
+        errors = [controller(fitted, 0.0)._look(table)[1] for table in looks.looks[:-1]]
+        best = None
+        for thresholds in (fitted, undecided):
+            frontier, allowed = [], []
+            for tolerance in tolerances(errors):
+                acted = looks.act(controller(thresholds, tolerance).act, measure)
+                frontier.append(QualityAtCost.of(acted, tolerance))
+                reversed_share = (acted.actions != of_all.actions).double().mean()
+                if reversed_share <= reversals and frontier[-1].is_within(quality, full):
+                    allowed.append(frontier[-1])
+            if allowed and (best is None or cheapest(allowed).mean_samples < best[0]):
+                point = cheapest(allowed)
+                best = point.mean_samples, controller(thresholds, point.tolerance, tuple(frontier))
+        return best[1]
 
     def act(self, scores: TokenScores, last: bool) -> Tensor:
         """The [`Action`] about each token, [tokens], int8, at a look at open tokens."""
+        return self.thresholds.act(*self._look(scores), self.sampling.tolerance, last)
+
+    def _look(self, scores: TokenScores) -> tuple[Tensor, Tensor]:
+        """Score and error of each token's unit, [tokens]."""
         values = self.score(scores.values)
         error = scores.values[f"{self.sampling.measure}_error"].double()
         if self.unit == "sequence":
             values = sequence_means(values, scores.windows)
             error = sequence_means(error.square(), scores.windows).sqrt()
-        return self.thresholds.act(values, error, self.sampling.tolerance, last)
+        return values, error
 
     def evaluate(self, model, data, *, batch_size: int = 8, seed: int = 0, progress: bool = True) -> Acted:
         """Acts on every predicted token of a data set: the text is given, so an abstention does not end a sequence.
@@ -210,7 +244,7 @@ def _unit_scores(values: Tensor, table: TokenScores, unit: str) -> Tensor:
     return sequence_means(values, table.windows)[first]
 
 
-def _thresholds(scored: list[np.ndarray], coverage: float) -> ActionThresholds:
+def _thresholds(scored: list[np.ndarray], coverage: float, reversals: float) -> ActionThresholds:
     """Of the units' scores at each look, [units]."""
     *early, last = scored
     if coverage == 1:
@@ -223,7 +257,7 @@ def _thresholds(scored: list[np.ndarray], coverage: float) -> ActionThresholds:
         clear = distances > width
         # Of each unit the first look that is clear.
         first = clear & (np.cumsum(clear, axis=0) == 1)
-        if (first & (reversed_at > 0)).sum() <= REVERSALS * len(last):
+        if (first & (reversed_at > 0)).sum() <= reversals * len(last):
             return ActionThresholds(final - float(width), final, final + float(width))
     return ActionThresholds(-math.inf, final, math.inf)
 

@@ -1,9 +1,9 @@
 """What posterior samples say of their limit: measures without the bias of few samples, and their Monte Carlo errors.
 
 The entropy of a mean of S samples is on average too low, by b/S + O(1/S²) with b = ½ Σ_v Var[p(v)] / p(v) (delta
-method; Miller 1955, "Note on the bias of information estimates", for counts). So is the mutual information, whose other
-term, the mean of the samples' entropies, is unbiased. The jackknife (Quenouille 1956; Efron 1982) takes b/S away. With
-p̄₋ⱼ the mean without sample j, its pseudo-values of H(p̄) and of the mutual information are
+method; Miller 1955, "Note on the bias of information estimates", for counts). So is the mutual information, whose
+other term, the mean of the samples' entropies, is unbiased. The jackknife (Quenouille 1956; Efron 1982) takes b/S
+away. With p̄₋ⱼ the mean without sample j, its pseudo-values of H(p̄) and of the mutual information are
 
     H(p_j) + KL(p_j ‖ p̄) + (S − 1) KL(p̄₋ⱼ ‖ p̄)    and    KL(p_j ‖ p̄) + (S − 1) KL(p̄₋ⱼ ‖ p̄),
 

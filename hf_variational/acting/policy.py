@@ -3,6 +3,7 @@
 import math
 from dataclasses import dataclass
 from enum import IntEnum
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def check_schedule(schedule) -> tuple[int, ...]:
         raise ValueError("`schedule` is empty: name the numbers of posterior samples, such as (2, 8, 32).")
     for size in schedule:
         check_whole("schedule", size, 2)
-    if any(later <= earlier for earlier, later in zip(schedule, schedule[1:], strict=False)):
+    if any(later <= earlier for earlier, later in pairwise(schedule)):
         raise ValueError(f"`schedule` has to rise from look to look, got {schedule}.")
     return schedule
 
