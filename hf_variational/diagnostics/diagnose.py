@@ -1,6 +1,5 @@
 """One pass over a data set that says what every unit and every attention head of a variational model does."""
 
-import logging
 from collections.abc import Mapping
 
 import torch
@@ -9,12 +8,11 @@ from torch import Tensor
 from ..evaluation.batches import check_whole
 from ..evaluation.predictions import each_batch
 from ..evaluation.streaming import IGNORED_LABEL
+from ..modeling.posterior import UnitWeights, check_unit_weights, weights_of
 from .band import Band
 from .diagnostics import Diagnostics
 from .layers import HeadDiagnostics, LayerDiagnostics, troubled
 from .neurons import neurons_of, scale_ceiling, unwatched_mean_kl
-
-logger = logging.getLogger(__name__)
 
 _OF_UNITS = {"kl_per_unit": "kl", "scale": "scale", "mean_energy": "mean_energy"}
 _OF_HEADS = {
@@ -34,6 +32,7 @@ def diagnose(
     num_posterior_samples: int = 1,
     batch_size: int = 8,
     kl_weight: float | None = None,
+    unit_weights: Mapping[int, UnitWeights] | None = None,
     name: str | None = None,
     data_name: str = "data",
     seed: int = 0,
@@ -53,13 +52,15 @@ def diagnose(
             statistics are means over many tokens already, so that one will do; 0 is the mean pass.
         batch_size: sequences of a pass.
         kl_weight: beta, for the effective KL; `None`: the model's own.
+        unit_weights: what regime control weighs the KL of each unit with, as the model's `forward` takes it; likewise
+            for the effective KL.
         name, data_name: what the model (`None`: its path, or else its class) and the data are called.
         seed: of the noise.
         progress: shows a progress bar.
 
     Raises:
         ValueError: for a model without a posterior, data without a token to predict, a band for a layer that has no
-            variational neurons or another number of units, or logits that are not numbers.
+            variational neurons or another number of units, likewise weights, or logits that are not numbers.
     """
     check_whole("num_posterior_samples", num_posterior_samples, 0)
     check_whole("batch_size", batch_size, 1)
@@ -71,6 +72,11 @@ def diagnose(
         )
     neurons = neurons_of(inner)
     bands = _bands(band, {layer: sum(one.units for one in modules) for layer, modules in neurons.items()})
+    check_unit_weights(unit_weights, list(neurons))
+    weights = {
+        layer: weights_of(unit_weights, layer, sum(one.units for one in modules)).kl
+        for layer, modules in neurons.items()
+    }
     sums = _Sums(inner.device)
 
     def take(batch: dict[str, Tensor], targets: Tensor, number: int, first: int) -> int:
@@ -93,7 +99,7 @@ def diagnose(
     tokens, units, heads = sums.means()
     if kl_weight is None:
         kl_weight = (getattr(inner, "settings", None) or inner.config).kl_weight
-    found = Diagnostics(
+    return Diagnostics(
         model=name or _name_of(inner),
         data=data_name,
         num_posterior_samples=num_posterior_samples,
@@ -101,13 +107,15 @@ def diagnose(
         sequences=sequences,
         tokens=tokens,
         kl_weight=float(kl_weight),
-        layers={layer: _layer(values, neurons[layer], bands.get(layer), kl_weight) for layer, values in units.items()},
+        layers={
+            layer: _layer(values, neurons[layer], bands.get(layer), kl_weight, weights[layer])
+            for layer, values in units.items()
+        },
         heads={
             layer: HeadDiagnostics({"kl": values["kl"], "effective_kl": values["kl"] * kl_weight, **values})
             for layer, values in heads.items()
         },
     )
-    return found
 
 
 class _Sums:
@@ -138,23 +146,15 @@ class _Sums:
         return tokens, found["ffn"], found["attention"]
 
 
-def _layer(values: dict[str, Tensor], neurons: list, band: Band | None, kl_weight: float) -> LayerDiagnostics:
+def _layer(
+    values: dict[str, Tensor], neurons: list, band: Band | None, kl_weight: float, weights: Tensor | None
+) -> LayerDiagnostics:
     unwatched = unwatched_mean_kl(neurons, values["mean_energy"])
     dead, exploding = troubled(
         values["kl"], values["scale"], values["mean_energy"], unwatched, scale_ceiling(neurons), band
     )
-    return LayerDiagnostics(
-        **values,
-        effective_kl=values["kl"] * unit_weights(neurons) * kl_weight,
-        dead=dead,
-        exploding=exploding,
-        band=band,
-    )
-
-
-def unit_weights(neurons: list) -> Tensor:
-    """What regime control weighs each unit's KL with beside beta, [units]; 1 where it does not."""
-    return torch.cat([torch.ones(one.units) for one in neurons])
+    charged = values["kl"] if weights is None else values["kl"] * weights.to(values["kl"])
+    return LayerDiagnostics(**values, effective_kl=charged * kl_weight, dead=dead, exploding=exploding, band=band)
 
 
 def _bands(band: Band | Mapping[int, Band] | None, units: dict[int, int]) -> dict[int, Band]:
