@@ -34,6 +34,7 @@ from .version import __version__
 _LAZY = {
     "VariationalTrainer": ".training",
     "VariationalTrainingArguments": ".training",
+    "RegimeControl": ".training",
     "variationalize": ".retrofit",
     "to_deterministic": ".retrofit",
     "calibrate_prior": ".retrofit.calibrate",

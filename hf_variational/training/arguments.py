@@ -1,5 +1,6 @@
 """Training arguments: transformers' own plus what is variational."""
 
+import json
 import math
 import os
 from dataclasses import dataclass, field
@@ -7,7 +8,11 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from .regime.settings import RegimeControl
 from .schedules import KL_SCHEDULES, kl_factor
+
+# Ends of the names of metrics that a good model has little of.
+_SMALLER_IS_BETTER = ("nll", "kl", "perplexity", "error", "loss")
 
 
 def _check_number(name: str, value, low: float, high: float = math.inf, open_low: bool = False) -> None:
@@ -53,6 +58,13 @@ class VariationalTrainingArguments(TrainingArguments):
             Posterior samples of the evaluation; 0 evaluates the mean pass only.
         cvar_fraction (`float`, defaults to 0.05):
             Share of the tokens, the worst predicted ones, whose mean negative log-likelihood is `eval_cvar_nll`.
+        regime ([`RegimeControl`], `dict` or `str`, *optional*):
+            How the regime of the EVE units is steered: itself, a dictionary of its fields, or that as JSON. With
+            `regime.min_inside` the metric that chooses the best checkpoint is gated: one with less of its units
+            inside their band is no candidate.
+
+    `greater_is_better`, where it is left out, is also `False` for a `metric_for_best_model` that ends in `nll`, `kl`,
+    `perplexity` or `error`; transformers knows `loss` alone.
 
     Example:
 
@@ -89,6 +101,9 @@ class VariationalTrainingArguments(TrainingArguments):
     cvar_fraction: float = field(
         default=0.05, metadata={"help": "Share of the tokens, the worst predicted ones, in eval_cvar_nll."}
     )
+    regime: dict | str | None = field(
+        default=None, metadata={"help": "Regime control of the EVE units: the fields of RegimeControl."}
+    )
     logging_nan_inf_filter: bool = field(
         default=False, metadata={"help": "Whether to leave losses that are not finite out of the log."}
     )
@@ -112,6 +127,7 @@ class VariationalTrainingArguments(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} would replace the model's own loss, and with "
                 "it the KL: set it to 0."
             )
+        self._read_regime()
         if self.data_seed is None:
             self.data_seed = self.seed
         if not torch.accelerator.is_available():
@@ -119,6 +135,26 @@ class VariationalTrainingArguments(TrainingArguments):
             self.dataloader_pin_memory = False
             self.use_cpu = self.use_cpu or int(os.environ.get("WORLD_SIZE", "1")) > 1
         super().__post_init__()
+
+    def _read_regime(self) -> None:
+        if isinstance(self.regime, str):
+            self.regime = json.loads(self.regime)
+        self.regime = RegimeControl.of(self.regime)
+        if self.regime is not None and self.regime.min_inside is not None and self.metric_for_best_model is None:
+            raise ValueError(
+                f"regime.min_inside={self.regime.min_inside} says which checkpoints may be the best one, and nothing "
+                "chooses a best one: set metric_for_best_model='nll' (with an eval_strategy and a save_strategy)."
+            )
+        metric = self.metric_for_best_model
+        if self.greater_is_better is None and metric is not None and metric.endswith(_SMALLER_IS_BETTER):
+            self.greater_is_better = False
+
+    def to_dict(self) -> dict:
+        """As transformers', with the regime control as a dictionary of JSON types."""
+        values = super().to_dict()
+        if isinstance(self.regime, RegimeControl):
+            values["regime"] = self.regime.to_dict()
+        return values
 
     def kl_factor(self, step: int, total_steps: int) -> float:
         """Factor of the KL weight at an optimizer step, counted from 0."""

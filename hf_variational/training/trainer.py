@@ -15,8 +15,11 @@ from ..evaluation.streaming import StreamingEvaluation, mask_repeated_rows
 from .arguments import VariationalTrainingArguments
 from .callbacks import InterruptCallback, RankNoiseCallback, own_noise
 from .checkpoints import last_complete_checkpoint, non_finite_parameters, refuse_mixed_dtypes
+from .diagnostics_callback import DiagnosticsCallback
 from .naming import is_variational
 from .recorder import StepRecorder, layer_names
+from .regime.measuring import UnitSums
+from .regime.steering import SteeringMixin
 from .settings import settings_of
 from .statistics import PARTS, StatisticsMean
 
@@ -24,16 +27,17 @@ from .statistics import PARTS, StatisticsMean
 @dataclass
 class _Evaluation:
     """What one evaluation gathers: the metrics of both passes, sums over tokens of the loss and the KL, and means over
-    tokens of the statistics of attention.
+    tokens of the statistics of attention and, where there is a band, of the units.
     """
 
     mean_pass: StreamingEvaluation
     samples: StreamingEvaluation | None
     sums: Tensor = field(default_factory=lambda: torch.zeros(3, dtype=torch.float64))
     attention: StatisticsMean = field(default_factory=StatisticsMean)
+    units: UnitSums = field(default_factory=UnitSums)
 
 
-class VariationalTrainer(Trainer):
+class VariationalTrainer(SteeringMixin, Trainer):
     """
     [`~transformers.Trainer`] for variational language models. It also trains their deterministic twins and any other
     causal language model, so that comparisons share one loop.
@@ -52,6 +56,10 @@ class VariationalTrainer(Trainer):
     mean pass, `eval_kl`, the same state of the attention, and `eval_loss`, the training objective. Where there are no
     posterior samples the two sets are the same. The posterior noise of an evaluation is the same each time and leaves
     the generator of the training where it was.
+
+    With `regime` in its arguments it steers the EVE units (see [`RegimeControl`]), logs `regime/under`,
+    `regime/inside` and `regime/over`, the shares of all units as last measured, and what the controls do, and of an
+    evaluation `eval_regime_under`, `eval_regime_inside` and `eval_regime_over`.
 
     Args:
         model, args, ...: As in [`~transformers.Trainer`]; `args` are [`VariationalTrainingArguments`].
@@ -90,6 +98,10 @@ class VariationalTrainer(Trainer):
         self._interrupt = InterruptCallback(self)
         self.add_callback(RankNoiseCallback(self._data_rank))
         self.add_callback(self._interrupt)
+        self._diagnostics = DiagnosticsCallback(self)
+        self.add_callback(self._diagnostics)
+        if self.model is not None:
+            self._make_regime()
 
     # ---- The loss ----
 
@@ -119,14 +131,15 @@ class VariationalTrainer(Trainer):
         if not training:
             samples = self.args.eval_posterior_samples
             arguments.update(num_posterior_samples=samples, output_uncertainty=samples > 0)
-            if self._evaluation is not None and self._has_variational_attention:
+            wanted = self._has_variational_attention or self._band is not None
+            if self._evaluation is not None and wanted:
                 arguments["output_posteriors"] = True
             return arguments
         if self.args.train_posterior_samples is not None:
             arguments["num_posterior_samples"] = self.args.train_posterior_samples
-        if self._will_log():
+        if self._will_log() or self._will_measure():
             arguments["output_posteriors"] = True
-        return arguments
+        return {**arguments, **self._unit_weights()}
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The model's loss at this step's KL weight; records its parts."""
@@ -177,8 +190,12 @@ class VariationalTrainer(Trainer):
                 values["reconstruction"] = outputs["reconstruction"].detach() * scale
         step = self.state.global_step + 1
         self._recorder.add(step, values, self.kl_weight() if layers else None)
-        if layers:
+        if layers and self._will_log():
             self._recorder.add_statistics(outputs.get("posteriors"), outputs.get("attention_posteriors"))
+            self._diagnostics.add(outputs.get("posteriors"))
+        if self._will_measure():
+            # the processes' values average to the whole batch's
+            self._regime.measure(outputs["posteriors"], values["nll"] / self.accelerator.num_processes)
         if self._checks_every_step:
             if not self._recorder.last_is_finite():
                 self._stop(model, inputs)
@@ -199,7 +216,7 @@ class VariationalTrainer(Trainer):
         averages = self._recorder.flush(lambda values: self.accelerator.reduce(values, reduction="mean"))
         if not all(math.isfinite(averages[name]) for name in self._recorder.names if name in averages):
             self._stop(found=found, statistics=statistics)
-        return averages
+        return averages if self._regime is None else {**averages, **self._regime.logs()}
 
     # ---- Not finite: stop, and say where ----
 
@@ -307,6 +324,8 @@ class VariationalTrainer(Trainer):
         count = self._num_targets(inputs["labels"])
         # also where no row counts, so that the processes have vectors of one length to add up
         evaluation.attention.add(None, outputs.get("attention_posteriors"), weight=count)
+        if self._band is not None:
+            evaluation.units.add(outputs["posteriors"])
         if count == 0:
             return
         total = float(num_items_in_batch)
@@ -333,6 +352,8 @@ class VariationalTrainer(Trainer):
         if evaluation.attention:
             state = evaluation.attention.summary(sums[3:], by_layer=False)
             metrics.update({f"{prefix}_{name}": float(value) for name, value in state.items()})
+        if evaluation.units.units is not None:
+            metrics.update(self._regime_metrics(evaluation.units, prefix))
         metrics.update({f"{prefix}_{name}": value for name, value in samples.items()})
         metrics.update({f"{prefix}_mean_pass_{name}": value for name, value in mean_pass.items()})
         return metrics
@@ -361,6 +382,7 @@ class VariationalTrainer(Trainer):
             self._interrupt.uninstall()
             self.is_in_train = False
         self._stop_if_not_finite()
+        self._say_if_none_was_admitted()
         return output
 
     def _save_interrupted(self) -> None:
