@@ -2,15 +2,13 @@
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor
 from transformers import TrainerCallback
 from transformers.integrations import TensorBoardCallback, TrackioCallback
 
+from .regime.measuring import UnitSums
+
 # Optimizer steps from one set of histograms to the next, at least: each costs kilobytes a layer on disk.
 INTERVAL = 100
-# The statistics of a unit, and what the histogram of their logarithm is called.
-HISTOGRAMS = {"kl_per_unit": "unit_kl_log10", "scale": "unit_scale_log10", "mean_energy": "unit_mean_energy_log10"}
 # What is smaller counts as this in a logarithm.
 _SMALLEST = 1e-12
 
@@ -19,10 +17,10 @@ class DiagnosticsCallback(TrainerCallback):
     """
     Writes histograms over the units of each layer to TensorBoard and to trackio, where `report_to` names them.
 
-    `unit_kl_log10/layer_<number>` (KL, nats a token), `unit_scale_log10/...` (σ) and `unit_mean_energy_log10/...`
-    (E[μ²]) are histograms of log10, for the units of a layer differ by powers of ten. They are means over the tokens
-    of a step that is logged, over all processes; at the first log and then at least 100 steps apart. The trainer adds
-    this callback itself. Without a writer it asks for nothing.
+    `unit_kl_log10/layer_<number>` (KL, nats a token), `unit_scale_log10/...` (σ) and `unit_energy_log10/...` (E[μ²])
+    are histograms of log10, for the units of a layer differ by powers of ten. They are means over the tokens of a step
+    that is logged, over all processes; of the first log, and then at least 100 steps apart. The trainer adds this
+    callback itself. Without a writer it asks for nothing.
 
     Args:
         trainer: The trainer it is added to.
@@ -31,8 +29,7 @@ class DiagnosticsCallback(TrainerCallback):
     def __init__(self, trainer):
         self.trainer = trainer
         self._next = 0
-        # By layer: the statistics of its units one after the other, and the tokens that they are sums over.
-        self._sums: dict[int, Tensor] = {}
+        self._sums = UnitSums()
 
     @property
     def _writers(self) -> list[TrainerCallback]:
@@ -40,36 +37,29 @@ class DiagnosticsCallback(TrainerCallback):
         callbacks = self.trainer.callback_handler.callbacks
         return [one for one in callbacks if isinstance(one, (TensorBoardCallback, TrackioCallback))]
 
-    @torch.no_grad()
     def add(self, posteriors: Mapping | None) -> None:
         """Adds the statistics of a micro-batch of a step that is logged: `{layer: PosteriorStatistics}`."""
-        if not posteriors or self.trainer.state.global_step + 1 < self._next or not self._writers:
-            return
-        for layer, statistics in posteriors.items():
-            # Below the split a layer has fewer rows than above it: each counts its own.
-            sums = [getattr(statistics, name).float() * statistics.tokens for name in HISTOGRAMS]
-            vector = torch.cat([*sums, statistics.tokens.float().reshape(1)]).to(self.trainer.args.device)
-            self._sums[layer] = self._sums[layer] + vector if layer in self._sums else vector
+        if posteriors and self.trainer.state.global_step + 1 >= self._next and self._writers:
+            self._sums.add(posteriors)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._next, self._sums = 0, {}
+        self._next, self._sums = 0, UnitSums()
 
     def on_log(self, args, state, control, **kwargs):
         """Writes what has been added since the last log."""
-        if not self._sums:
+        sums, self._sums = self._sums, UnitSums()
+        if sums.units is None:
             return
-        sums, self._sums = self._sums, {}
         self._next = state.global_step + INTERVAL
-        vector = self.trainer.accelerator.reduce(torch.cat(list(sums.values())), reduction="sum").cpu()
+        vector = self.trainer.accelerator.reduce(sums.vector(), reduction="sum").cpu()
         if not state.is_world_process_zero:
             return
         found = {}
-        for layer, part in zip(sums, vector.split([len(one) for one in sums.values()]), strict=True):
-            means = (part[:-1] / part[-1].clamp(min=1)).view(len(HISTOGRAMS), -1)
-            for name, values in zip(HISTOGRAMS.values(), means, strict=True):
-                finite = values[values.isfinite()].clamp(min=_SMALLEST).log10()
+        for name, values in sums.means(vector)._asdict().items():
+            for layer, part in sums.units.split(values).items():
+                finite = part[part.isfinite()].clamp(min=_SMALLEST).log10()
                 if len(finite):
-                    found[f"{name}/layer_{layer}"] = finite.numpy()
+                    found[f"unit_{name}_log10/layer_{layer}"] = finite.numpy()
         for writer in self._writers:
             self._write(writer, found, state.global_step)
 
