@@ -56,6 +56,10 @@ class EVEForecasterConfig(PreTrainedConfig):
     kl_weight: float = 1e-4
     num_posterior_samples: int = 1
 
+    def to_dict(self) -> dict:
+        """As in transformers, with the neurons' configuration as a dictionary of JSON types."""
+        return {**super().to_dict(), "eve": self.eve.to_dict()}
+
     def __post_init__(self, **kwargs):
         super().__post_init__(**kwargs)
         if isinstance(self.eve, dict):

@@ -1,4 +1,4 @@
-"""DLinear, the linear reference (Zeng et al. 2023, arXiv 2205.13504): one linear map of the trend, one of the season."""
+"""DLinear, the linear reference (Zeng et al. 2023, arXiv 2205.13504): a linear map of trend, another of season."""
 
 import torch
 from torch import Tensor, nn

@@ -13,7 +13,13 @@ from transformers.utils import ModelOutput, can_return_tuple
 from hf_variational.modeling.eve import EVE
 from hf_variational.modeling.heads import check_samples_for
 from hf_variational.modeling.objective import ScoredTokens, following_positions, posterior_penalties
-from hf_variational.modeling.posterior import PosteriorRecord, PosteriorStatistics, check_complete
+from hf_variational.modeling.posterior import (
+    PosteriorRecord,
+    PosteriorStatistics,
+    UnitWeights,
+    check_complete,
+    check_unit_weights,
+)
 from hf_variational.modeling.sample_axis import SampleAxis
 
 from .configuration import EVEForecasterConfig
@@ -138,7 +144,7 @@ class EVEForecaster(PreTrainedModel):
     config_class = EVEForecasterConfig
     base_model_prefix = "forecaster"
     main_input_name = "past"
-    _keep_in_fp32_modules_strict = ["log_scale", "scale_down", "scale_up", "log_floor"]
+    _keep_in_fp32_modules_strict = ["log_scale", "scale_down", "scale_up", "log_floor", "prior_coefficient"]
 
     def __init__(self, config: EVEForecasterConfig):
         super().__init__(config)
@@ -193,6 +199,7 @@ class EVEForecaster(PreTrainedModel):
         output_posteriors: bool = False,
         kl_weight: Tensor | float | None = None,
         free_bits: float = 0.0,
+        unit_weights: dict[int, UnitWeights] | None = None,
         **kwargs,
     ) -> ForecastOutput:
         """
@@ -204,10 +211,11 @@ class EVEForecaster(PreTrainedModel):
             output_posteriors: returns `posteriors`.
             kl_weight: beta, a number or a 0-dim tensor; `None`: the config's.
             free_bits: nats that a unit may spend before its KL is charged.
+            unit_weights: `{0: UnitWeights}`, what regime control charges each unit.
             num_items_in_batch (in `kwargs`): forecast values of the whole accumulated batch, the loss's divisor.
 
         Raises:
-            ValueError: for a `past` of another shape, or samples of the deterministic twin.
+            ValueError: for a `past` of another shape, or samples or unit weights of the deterministic twin.
             RuntimeError: if no posterior is recorded where one is expected.
         """
         if past.ndim != 3 or past.shape[-1] != self.config.lookback:
@@ -215,7 +223,8 @@ class EVEForecaster(PreTrainedModel):
         num_samples = self._resolve_num_samples(num_posterior_samples)
         check_samples_for(num_samples, output_uncertainty=output_uncertainty)
         scored = None if labels is None else _scored(labels, kwargs.get("num_items_in_batch"))
-        axis = self._sample_axis(past, num_samples, scored, output_posteriors)
+        check_unit_weights(unit_weights, self.variational_layers)
+        axis = self._sample_axis(past, num_samples, scored, output_posteriors, unit_weights)
 
         centre = past.mean(-1, keepdim=True)
         scale = (past.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
@@ -234,7 +243,7 @@ class EVEForecaster(PreTrainedModel):
             fields |= self._loss(fields, axis.tape, scored, kl_weight, free_bits)
         return ForecastOutput(**fields)
 
-    def _sample_axis(self, past: Tensor, num_samples: int, scored: ScoredTokens | None, asked: bool) -> SampleAxis:
+    def _sample_axis(self, past: Tensor, num_samples: int, scored: ScoredTokens | None, asked, unit_weights):
         batch, length = past.shape[:2]
         record = bool(self.variational_layers) and (asked or scored is not None)
         weights = torch.ones(batch, length, dtype=torch.bool, device=past.device) if scored is None else scored.weights
@@ -248,6 +257,7 @@ class EVEForecaster(PreTrainedModel):
             token_weights=weights,
             follows=following_positions(weights, positions) if record else None,
             tape=[],
+            unit_weights=unit_weights,
         )
 
     def _log_scales(self, z: Tensor, scale: Tensor) -> Tensor:
@@ -276,6 +286,8 @@ class EVEForecaster(PreTrainedModel):
         loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * spent.charged_kl
         if spent.reconstruction is not None:
             loss = loss + self.config.eve.reconstruction_weight * spent.reconstruction
+        if spent.energy is not None:
+            loss = loss + spent.energy
         parts = {"kl": spent.kl, "kl_per_layer": spent.kl_per_layer, "reconstruction": spent.reconstruction}
         return {"loss": loss, "nll": nll, **parts}
 
