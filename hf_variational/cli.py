@@ -415,13 +415,13 @@ def inspect(
     check_whole("--max-sequences", max_sequences, 1)
     if against is not None and other_data is not None:
         fail("--against compares models and --other-data texts: leave one of them out", 2)
-    from .diagnostics_program.options import band_options
+    from .diagnostics_program.options import band_settings
     from .diagnostics_program.program import check_output, run
     from .evaluation_program.texts import source_of
 
     with reported():
         check_output(output)
-        band = band_options(band_target, band_low, band_high, band_spread)
+        band = band_settings(band_target, band_low, band_high, band_spread)
         source = source_of(data, "--data")
         other = None if other_data is None else source_of(other_data, "--other-data")
     network, tokenizer, variational = load(model, trust_remote_code, device)

@@ -11,7 +11,7 @@ from ..diagnostics import Band, Diagnostics, Drift, diagnose, drift
 from ..diagnostics.neurons import neurons_of
 from ..evaluation_program.texts import read_rows, source_name
 from ..presentation.inspect_page import write_inspection
-from .options import BandOptions
+from ..training.regime.settings import BandSettings
 
 __all__ = ["check_output", "run"]
 
@@ -38,7 +38,7 @@ def run(
     *,
     against: Callable[[], tuple[object, str]] | Path | None = None,
     other_data: object | None = None,
-    band: BandOptions | None = None,
+    band: BandSettings | None = None,
     samples: int = 1,
     length: int = 256,
     batch_size: int = 8,
@@ -94,7 +94,7 @@ def run(
     return found, changes
 
 
-def _bands(model, options: BandOptions) -> dict[int, Band]:
+def _bands(model, settings: BandSettings) -> dict[int, Band]:
     """A band for each layer, of as many units as the layer has."""
     layers = {layer: sum(one.units for one in modules) for layer, modules in neurons_of(model).items()}
     if not layers:
@@ -102,7 +102,7 @@ def _bands(model, options: BandOptions) -> dict[int, Band]:
             f"--band-target is of the mean energy of variational neurons, and this {type(model).__name__} has none: "
             "leave it out."
         )
-    return {layer: options.of(units) for layer, units in layers.items()}
+    return {layer: settings.of(units, layer) for layer, units in layers.items()}
 
 
 def _title(name: str) -> str:
