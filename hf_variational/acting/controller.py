@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..evaluation.token_scores import TokenScores
-from .adaptive import QUALITY, AdaptiveSampling, QualityAtCost, check_share, cheapest, tolerances
+from .adaptive import QUALITY, AdaptiveSampling, QualityAtCost, cheapest, check_share, tolerances
 from .generation import ControlledGenerateOutput, controlled_generate
 from .policy import SCHEDULE, ActionThresholds
 from .score import InternalScore
@@ -250,15 +250,18 @@ def _thresholds(scored: list[np.ndarray], coverage: float, reversals: float) -> 
     if coverage == 1:
         return ActionThresholds()
     final = float(np.quantile(last, coverage, method="inverted_cdf"))
-    distances = np.stack([np.abs(look - final) for look in early]) if early else np.zeros((0, len(last)))
-    reversed_at = np.stack([(look > final) != (last > final) for look in early]) if early else distances
-    candidates = np.quantile(distances, np.linspace(0, 1, 201)) if early else []
-    for width in (0.0, *candidates):
-        clear = distances > width
+    if not early:
+        return ActionThresholds(final, final, final)
+    looks = np.stack(early)
+    is_reversed = (looks > final) != (last > final)
+    # A little wider than a distance that occurs, so that a score at that distance lies within.
+    widths = np.quantile(np.abs(looks - final), np.linspace(0, 1, 201), method="inverted_cdf") * (1 + 1e-9)
+    for width in (0.0, *widths.tolist()):
+        clear = (looks <= final - width) | (looks > final + width)
         # Of each unit the first look that is clear.
         first = clear & (np.cumsum(clear, axis=0) == 1)
-        if (first & (reversed_at > 0)).sum() <= reversals * len(last):
-            return ActionThresholds(final - float(width), final, final + float(width))
+        if (first & is_reversed).sum() <= reversals * len(last):
+            return ActionThresholds(final - width, final, final + width)
     return ActionThresholds(-math.inf, final, math.inf)
 
 

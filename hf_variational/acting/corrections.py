@@ -73,7 +73,7 @@ def corrected_measures(log_probabilities: Tensor) -> CorrectedMeasures:
         )
     flat = log_probabilities.reshape(-1, num_samples, vocab)
     step = max(1, BLOCK_ELEMENTS // (num_samples * vocab))
-    blocks = [_of_block(widen(block)) for block in flat.split(step)] if len(flat) else [_of_block(widen(flat))]
+    blocks = [_of_block(widen(block)) for block in flat.split(step)]
     joined = {field.name: torch.cat([getattr(b, field.name) for b in blocks]) for field in fields(CorrectedMeasures)}
     return CorrectedMeasures(**{name: values.reshape(shape) for name, values in joined.items()})
 
