@@ -1,6 +1,6 @@
 """What a causal language model says of every target token of a data set, in blocks of positions."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,9 @@ logger = logging.get_logger(__name__)
 # Of the posteriors at the position that predicts a token: KL divergence summed over layers and units or heads, nats;
 # the scale sigma and E[mu^2] averaged over layers and feed-forward units.
 INTERNAL_NAMES = ("kl", "scale", "mean_energy")
+# Rows of a batch go through the model together up to so many tokens: activations of more leave a core's cache, and the
+# allocator fetches fresh pages for each of them.
+_TOKENS_TOGETHER = 2_048
 
 
 @dataclass(frozen=True)
@@ -83,15 +86,20 @@ def each_prediction(
     if internal:
         options["output_posteriors"] = True
 
+    copies = options.get("num_posterior_samples", 1)
+
     def take(batch: dict[str, Tensor], targets: Tensor, number: int, first: int) -> int:
-        out = model(**batch, **options, use_cache=False)
-        columns = {
-            "targets": targets,
-            "positions": target_positions(batch, targets),
-            "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
-            "internal": internal_statistics(out) if internal else {},
-        }
-        return _visit_blocks(out.logits, columns, number, first, visit)
+        taken = 0
+        for start, rows, wanted in _together(batch, targets, copies):
+            out = model(**rows, **options, use_cache=False)
+            columns = {
+                "targets": wanted,
+                "positions": target_positions(rows, wanted),
+                "measures": {name: out.uncertainty[name] for name in MEASURE_NAMES} if measures else {},
+                "internal": internal_statistics(out) if internal else {},
+            }
+            taken += _visit_blocks(out.logits, columns, number, first, start, visit)
+        return taken
 
     return each_batch(model, data, take, batch_size, seed, progress, description)
 
@@ -110,24 +118,27 @@ def each_sampled_prediction(
     """Runs a model with posterior samples over the data once, as [`each_prediction`], and calls `visit` with the
     samples' log-probabilities, [n, S, vocab], float32, and the targets, [n], a few million numbers at a time.
 
-    The model hands out the samples of a batch whole: 4 bytes · rows · S · length · vocabulary.
+    The model hands out the samples of the rows it runs on whole: 4 bytes · rows · S · length · vocabulary.
 
     Raises:
         ValueError: as in [`each_prediction`].
     """
 
     def take(batch: dict[str, Tensor], targets: Tensor, number: int, first: int) -> int:
-        samples = model(
-            **batch, num_posterior_samples=num_posterior_samples, output_sample_logits=True, use_cache=False
-        ).sample_logits
-        targets = targets.to(samples.device)
-        rows, places = (targets != IGNORED_LABEL).nonzero(as_tuple=True)
-        step = max(1, BLOCK_ENTRIES // (num_posterior_samples * samples.shape[-1]))
-        for here in zip(rows.split(step), places.split(step), strict=True):
-            log_p = samples[here[0], :, here[1]].float()
-            check_numbers(log_p[..., 0].sum(1, keepdim=True), here[0], number, first)
-            visit(log_p, targets[here])
-        return rows.numel()
+        taken = 0
+        for start, rows, wanted in _together(batch, targets, num_posterior_samples):
+            samples = model(
+                **rows, num_posterior_samples=num_posterior_samples, output_sample_logits=True, use_cache=False
+            ).sample_logits
+            wanted = wanted.to(samples.device)
+            places = (wanted != IGNORED_LABEL).nonzero(as_tuple=True)
+            step = max(1, BLOCK_ENTRIES // (num_posterior_samples * samples.shape[-1]))
+            for row, place in zip(*(part.split(step) for part in places), strict=True):
+                log_p = samples[row, :, place].float()
+                check_numbers(log_p[..., 0].sum(1, keepdim=True), row + start, number, first)
+                visit(log_p, wanted[row, place])
+            taken += places[0].numel()
+        return taken
 
     each_batch(model, data, take, batch_size, seed, progress, description)
 
@@ -159,6 +170,20 @@ def each_batch(
     if tokens == 0:
         raise ValueError(f"There is nothing to evaluate: none of the {sequences} sequences has a token to predict.")
     return sequences
+
+
+def _together(
+    batch: dict[str, Tensor], targets: Tensor, copies: int
+) -> Iterator[tuple[int, dict[str, Tensor], Tensor]]:
+    """The rows of a batch that go through the model together, each as `copies` rows of it: the number of the first,
+    the rows, and their targets. On an accelerator all of them.
+    """
+    size, length = targets.shape
+    step = max(1, _TOKENS_TOGETHER // max(1, copies * length)) if targets.device.type == "cpu" else size
+    for start in range(0, size, max(1, step)):
+        here = slice(start, start + step)
+        rows = {name: value[here] if value.shape[:1] == (size,) else value for name, value in batch.items()}
+        yield start, rows, targets[here]
 
 
 def target_positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
@@ -194,17 +219,19 @@ def internal_statistics(out) -> dict[str, Tensor]:
     return found
 
 
-def _visit_blocks(logits: Tensor, columns: dict, batch: int, first: int, visit) -> int:
-    """Cuts a batch, the `batch`-th of the data with `first` sequences before it, into blocks of scored positions."""
+def _visit_blocks(logits: Tensor, columns: dict, batch: int, first: int, row: int, visit) -> int:
+    """Cuts rows into blocks of scored positions: those from `row` on of the `batch`-th batch of the data, which has
+    `first` sequences before it.
+    """
     rows, places = (columns["targets"].to(logits.device) != IGNORED_LABEL).nonzero(as_tuple=True)
     step = max(1, BLOCK_ENTRIES // logits.shape[-1])
     for start in range(0, rows.numel(), step):
         here = rows[start : start + step], places[start : start + step]
         log_probabilities = logits[here].float().log_softmax(-1)
-        check_numbers(log_probabilities, here[0], batch, first)
+        check_numbers(log_probabilities, here[0] + row, batch, first)
         visit(
             Predictions(
-                sequences=here[0] + first,
+                sequences=here[0] + row + first,
                 log_probabilities=log_probabilities,
                 **_picked(columns, here),
             )
