@@ -35,9 +35,9 @@ class Source:
 
 
 SOURCES = {
-    "ETTh1": Source("ETTh1.csv.xz", (8640, 2880, 2880), step=24, stride=6),
-    "Exchange": Source("exchange_rate.csv.xz", None, step=8, stride=4),
-    "Weather": Source("weather.csv.xz", None, step=36, stride=36),
+    "ETTh1": Source("ETTh1.csv.xz", (8640, 2880, 2880), step=24, stride=12),
+    "Exchange": Source("exchange_rate.csv.xz", None, step=8, stride=8),
+    "Weather": Source("weather.csv.xz", None, step=72, stride=72),
 }
 
 

@@ -20,7 +20,6 @@ from .trainer import ForecastTrainer
 
 MODELS = ("dlinear", "twin", "eve")
 REGIMES = ("off", "projection", "homeostasis")
-LOOKBACK, HORIZON = 336, 96
 TEST_SAMPLES = 32
 # The band of the mean energy E[mu^2] that the regimes steer by: factors of its target.
 LOW, HIGH = 0.5, 2.0
@@ -113,25 +112,22 @@ def control_of(run: Run) -> dict:
     return {**control, "homeostasis": {}}
 
 
-def build(run: Run, lookback: int = LOOKBACK, horizon: int = HORIZON, units: int = 1024):
-    """The model of a run, with fresh weights of its seed."""
+def build(run: Run, **options):
+    """The model of a run, with fresh weights of its seed; `options` are further fields of its configuration."""
     set_seed(run.seed)
-    if run.model == "dlinear":
-        return DLinear(lookback, horizon)
     prior = {"prior": "standard" if run.prior == "standard" else "autoregressive"}
     if run.prior == "learned":
         prior["learn_autoregressive_coefficient"] = True
-    model = EVEForecaster(
-        EVEForecasterConfig(
-            lookback=lookback,
-            horizon=horizon,
-            units=units,
-            eve=linear_eve(latent_dim=run.latent_dim, **prior),
-            deterministic=run.model == "twin",
-            objective=run.objective,
-            aggregation=run.aggregation,
-        )
+    config = EVEForecasterConfig(
+        eve=linear_eve(latent_dim=run.latent_dim, **prior),
+        deterministic=run.model == "twin",
+        objective=run.objective,
+        aggregation=run.aggregation,
+        **options,
     )
+    if run.model == "dlinear":
+        return DLinear(config.lookback, config.horizon, config.moving_average)
+    model = EVEForecaster(config)
     with torch.no_grad():
         model.bank.mean_weight.mul_(run.start)
     return model
@@ -198,11 +194,12 @@ def groups(seeds: int = 3) -> dict[str, list[Run]]:
     """The runs of each experiment, in the order in which they are worth their time."""
     pairs = (("dlinear", "mse"), ("twin", "mse"), ("eve", "mse"), ("twin", "nll"), ("eve", "nll"), ("eve", "mc_nll"))
     each_seed = range(seeds)
-    # Sweeps on one data set: fewer steps, half of the test's origins.
-    small = {"dataset": "ETTh1", "steps": 100, "stride": 12}
+    # Sweeps on one data set, with fewer steps.
+    small = {"dataset": "ETTh1", "steps": 100}
     steered = REGIMES[1:]
     return {
         "main": [Run(d, m, o, s) for s in each_seed for d in SOURCES for m, o in pairs],
+        "every origin": [Run(d, "dlinear", "mse", stride=1) for d in SOURCES],
         "regimes": [Run(d, seed=s, regime=r) for s in each_seed for d in SOURCES for r in steered],
         "prior": [
             *(Run(d, seed=s, prior="autoregressive") for s in each_seed for d in SOURCES),

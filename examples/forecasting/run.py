@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from .data import load
-from .experiments import HORIZON, LOOKBACK, execute, groups
+from .experiments import execute, groups
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def train_missing(runs, folder: str, out: Path) -> None:
     for number, run in enumerate(missing, 1):
         place = run.dataset, run.stride
         if place not in loaded:
-            loaded[place] = load(run.dataset, folder, LOOKBACK, HORIZON, stride=run.stride)
+            loaded[place] = load(run.dataset, folder, stride=run.stride)
         result = execute(run, loaded[place])
         result["conditions"] = conditions()
         # Another process may have added its own in the meantime.

@@ -432,7 +432,7 @@ def test_dlinear_is_linear():
 @pytest.mark.parametrize("model", experiments.MODELS)
 def test_a_run(model):
     spec = experiments.Run("sine", model=model, objective="mse" if model == "dlinear" else "nll", steps=2, stride=2)
-    options = {"lookback": LOOKBACK, "horizon": HORIZON, "units": UNITS}
+    options = {"lookback": LOOKBACK, "horizon": HORIZON, "units": UNITS, "moving_average": 5}
     result = experiments.execute(spec, tiny_parts(), **options)
     assert result["run"]["model"] == model and result["test"]["mse"] > 0 and len(result["log"]) == 2
     if model == "eve":
