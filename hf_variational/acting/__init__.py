@@ -7,7 +7,7 @@ from .generation import ControlledGenerateOutput
 from .noise import NumberedNoiseRequest
 from .policy import Action, ActionThresholds
 from .score import InternalScore
-from .settling import Acted
+from .settling import Acted, KeptLooks
 
 __all__ = [
     "Acted",
@@ -17,6 +17,7 @@ __all__ = [
     "ControlledGenerateOutput",
     "CorrectedMeasures",
     "InternalScore",
+    "KeptLooks",
     "NumberedNoiseRequest",
     "QualityAtCost",
     "UncertaintyController",

@@ -99,15 +99,25 @@ class UncertaintyController:
             ValueError: for a model without posteriors, validation data without a target or whose tokens are all right
                 or all wrong, a coverage outside (0, 1], reversals outside (0, 1), and as [`AdaptiveSampling.fit`].
         """
-        _check_unit(unit)
-        check_measure(measure)
-        check_share("quality", quality)
-        check_share("reversals", reversals)
+        fit = {"unit": unit, "coverage": coverage, "measure": measure, "quality": quality, "reversals": reversals}
+        _check_fit(**fit)
         check_posteriors(model)
-        if isinstance(coverage, bool) or not isinstance(coverage, (int, float)) or not 0 < coverage <= 1:
-            raise ValueError(f"`coverage` is the share of validation units to answer, in (0, 1], got {coverage!r}.")
         options = {"batch_size": batch_size, "seed": seed, "progress": progress}
-        looks = KeptLooks.draw(model, validation, schedule, internal=True, **options)
+        return cls.fit_looks(KeptLooks.draw(model, validation, schedule, internal=True, **options), **fit)
+
+    @classmethod
+    def fit_looks(
+        cls,
+        looks: KeptLooks,
+        *,
+        unit: str = "sequence",
+        coverage: float = 0.9,
+        measure: str = "predictive_entropy",
+        quality: float = QUALITY,
+        reversals: float = REVERSALS,
+    ) -> "UncertaintyController":
+        """The same of looks that are there already, with `internal=True`: several controllers from one pass."""
+        _check_fit(unit, coverage, measure, quality, reversals)
         score = InternalScore.fit(looks.looks[-1])
         scored = [_unit_scores(score(table.values), table, unit).numpy() for table in looks.looks]
         fitted = _thresholds(scored, coverage, reversals / 2)
@@ -229,6 +239,15 @@ def check_posteriors(model) -> None:
             f"{type(inner).__name__} has no posteriors, of whose KL and σ the internal score is made: give a "
             "VariationalGPT or a model made variational. For methods that only sample there is AdaptiveSampling."
         )
+
+
+def _check_fit(unit, coverage, measure, quality, reversals) -> None:
+    _check_unit(unit)
+    check_measure(measure)
+    check_share("quality", quality)
+    check_share("reversals", reversals)
+    if isinstance(coverage, bool) or not isinstance(coverage, (int, float)) or not 0 < coverage <= 1:
+        raise ValueError(f"`coverage` is the share of validation units to answer, in (0, 1], got {coverage!r}.")
 
 
 def _check_unit(unit) -> None:

@@ -99,6 +99,17 @@ class KeptLooks:
         draw_looks(model, data, schedule, settle, **options)
         return cls(schedule, tuple(_table(part) for part in parts))
 
+    def at(self, schedule: Sequence[int]) -> "KeptLooks":
+        """The looks at some of the numbers of samples.
+
+        Raises:
+            ValueError: if one of them was not looked at.
+        """
+        missing = [size for size in schedule if size not in self.schedule]
+        if missing:
+            raise ValueError(f"There was no look at {missing[0]} samples, but at {self.schedule}.")
+        return KeptLooks(tuple(schedule), tuple(self.looks[self.schedule.index(size)] for size in schedule))
+
     def act(self, act: Act, measure: str) -> Acted:
         """What [`act_on_data`] would do with these samples. Without the sequences at hand a token costs what a
         predicted one does."""

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_variational import EVEConfig, NoiseRequest, VariationalGPTConfig, VariationalGPTForCausalLM
 
@@ -33,6 +34,23 @@ def made(eve: EVEConfig | None = None, deterministic: bool = False, **options) -
                 parameter.normal_(0, 2.0)
         model.lm_head.weight.mul_(3)
     return model
+
+
+def llama() -> LlamaForCausalLM:
+    """A stock model, to be made variational."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=20,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        initializer_range=0.3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    return LlamaForCausalLM(config).eval()
 
 
 def texts(count: int = 12, length: int = 10, seed: int = 1) -> list[list[int]]:

@@ -5,8 +5,7 @@ import re
 
 import pytest
 import torch
-from acting_models import KeyedNoise, made, texts
-from transformers import LlamaConfig, LlamaForCausalLM
+from acting_models import KeyedNoise, llama, made, texts
 
 from hf_variational import EVEConfig, posterior_noise, predictive_measures
 from hf_variational.acting import Action, ActionThresholds, AdaptiveSampling, corrected_measures
@@ -118,6 +117,13 @@ def test_kept_looks_say_what_drawing_would(model, looks):
     assert kept.nll == pytest.approx(drawn.nll, abs=1e-5)
 
 
+def test_some_of_the_looks(model, looks):
+    two = looks.at((2, 8))
+    assert two.schedule == (2, 8) and two.looks == (looks.looks[0], looks.looks[2])
+    with pytest.raises(ValueError, match=r"no look at 16 samples, but at \(2, 4, 8\)"):
+        looks.at((2, 16))
+
+
 def test_a_token_that_draws_more_takes_the_rest_of_its_sequence_along(model):
     def act(scores, last):  # position 4 of every third sequence asks until the end, position 6 of it once
         asks = (scores.windows % 3 == 0) & (scores.positions == 4) & (not last)
@@ -148,11 +154,7 @@ def test_the_seed_and_the_generator(model):
 
 
 def test_a_method_that_only_samples():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=23, hidden_size=16, intermediate_size=20, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
-    )
-    dropout = mc_dropout(LlamaForCausalLM(config).eval(), 0.2)
+    dropout = mc_dropout(llama(), 0.2)
     assert AdaptiveSampling(schedule=(2, 4)).evaluate(dropout, texts(), **QUIET).cost.mean_samples == 4
 
 

@@ -126,12 +126,19 @@ def test_a_decision_about_a_sequence_is_one(model, looks):
         [score(looks.looks[0].values)[looks.looks[0].windows == window].mean() for window in range(12)]
     )
     middle = float(means.median())
-    controller = UncertaintyController(score, ActionThresholds(middle, middle, middle), AdaptiveSampling(0.0, SCHEDULE))
+    controller = UncertaintyController(
+        score, ActionThresholds(middle, middle, middle), AdaptiveSampling(0.0, SCHEDULE)
+    )
     with posterior_noise(KeyedNoise()):
         found = controller.evaluate(model, texts(), **QUIET)
     assert found.cost.mean_samples == 2
     expected = torch.where(means <= middle, Action.ANSWER, Action.ABSTAIN)
     assert torch.equal(found.actions.long(), expected[found.scores.windows])
+
+
+def test_controllers_of_looks_that_are_there(looks, fitted):
+    options = {name: FIT[name] for name in ("coverage", "reversals", "quality")}
+    assert UncertaintyController.fit_looks(looks, unit=fitted.unit, **options) == fitted
 
 
 # ---- The file ----

@@ -1,0 +1,195 @@
+"""How many posterior samples a text needs, and what deciding that per sequence saves.
+
+    python benchmarks/adaptive_sampling.py MODEL --text held_out.txt
+
+Windows of the first half of the text are validation data, those of the second half are the test. All rows of a table
+from two samples on are of the same posterior samples, so that they differ by how many of them were used; a row "drawn
+anew" ran the model only as often as it asked for, with other noise.
+"""
+
+import argparse
+import time
+from itertools import pairwise
+
+import torch
+from report import machine, show
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import hf_variational  # noqa: F401  registers its classes with the Auto classes
+from hf_variational.acting import AdaptiveSampling, KeptLooks, UncertaintyController
+from hf_variational.acting.looks import MEASURES
+from hf_variational.acting.policy import SCHEDULE
+from hf_variational.baselines import measure_cost
+from hf_variational.demo.texts import read_text
+from hf_variational.evaluation import token_scores, token_windows
+from hf_variational.evaluation.selective import RiskCoverage
+from hf_variational.evaluation.statistics import bootstrap_documents
+
+FIXED = (2, 4, 8, 16, 32)
+SHORT = {"predictive_entropy": "entropy", "mutual_information": "MI"}
+
+
+def steps(schedule) -> list[int]:
+    """Samples that each look adds."""
+    return [later - earlier for earlier, later in pairwise((0, *schedule))]
+
+
+def flops_per_token(model, windows: list[list[int]], device) -> dict[int, float]:
+    """Of one pass, by its number of samples."""
+    batch = {"input_ids": torch.tensor(windows[:2], device=device)}
+    passes = sorted({1, *FIXED, *steps(SCHEDULE)})
+    return {size: measure_cost(model, batch, size, repeats=1).inference_flops_per_token for size in passes}
+
+
+def quality(scores, reference=None, resamples: int = 0) -> dict:
+    """NLL and AURC of a table of scores, and by how much they are above another table's of the same tokens."""
+
+    def nll(table) -> float:
+        return float(table.values["nll"].double().mean())
+
+    def area(name: str):
+        return lambda table: RiskCoverage.of(table, name).area()
+
+    found = {}
+    for name, statistic in {"nll": nll, **{f"aurc_{name}": area(name) for name in MEASURES}}.items():
+        if name == "aurc_mutual_information" and "excess" not in scores.values:
+            continue  # of one sample it is 0
+        found[name] = statistic(scores)
+        if reference is None:
+            continue
+
+        def change(tokens, statistic=statistic) -> float:
+            return statistic(scores.select(tokens)) / statistic(reference.select(tokens)) - 1
+
+        found[f"{name}_change"] = statistic(scores) / statistic(reference) - 1
+        if resamples:
+            interval = bootstrap_documents(change, scores.windows, num_resamples=resamples).interval
+            found[f"{name}_interval"] = list(interval)
+    return found
+
+
+def cell(row: dict, name: str) -> str:
+    if name not in row:
+        return "–"
+    text = f"{row[name]:.4f}"
+    if f"{name}_change" in row:
+        text += f" {row[f'{name}_change']:+.2%}"
+    if f"{name}_interval" in row:
+        low, high = row[f"{name}_interval"]
+        text += f" [{low:+.2%}, {high:+.2%}]"
+    return text
+
+
+def main(argv: list[str] | None = None) -> dict:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", help="folder or Hub name of a causal language model with posteriors")
+    parser.add_argument("--text", required=True, help="file with held-out text of its domain")
+    parser.add_argument("--windows", type=int, default=200, help="half of them to fit on (default: %(default)s)")
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--coverage", type=float, default=0.9, help="share that the controllers answer")
+    parser.add_argument("--reversals", type=float, nargs="+", default=[0.01, 0.05])
+    parser.add_argument("--resamples", type=int, default=200, help="of whole windows, for the intervals")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    logging.set_verbosity_error()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval().requires_grad_(False)
+    model.to(device)
+    windows = token_windows(
+        read_text(options.text), AutoTokenizer.from_pretrained(options.model), options.length, options.windows
+    )
+    validation, test = windows[: len(windows) // 2], windows[len(windows) // 2 :]
+    run = {"batch_size": options.batch_size, "progress": False}
+    fitting = KeptLooks.draw(model, validation, SCHEDULE, internal=True, seed=0, **run)
+    looks = KeptLooks.draw(model, test, FIXED, internal=True, seed=1, **run)
+    costs = flops_per_token(model, windows, device)
+    of_all = looks.looks[-1]
+
+    def spent(found) -> float:
+        passes = zip(steps(SCHEDULE), found.cost.drawn, strict=True)
+        return sum(costs[size] * tokens for size, tokens in passes) / found.cost.tokens
+
+    rows = {}
+    one = token_scores(model, test, 1, seed=2, **run)
+    rows["1"] = {"samples": 1.0, "flops": costs[1], **quality(one, of_all)}
+    for size, table in zip(FIXED, looks.looks, strict=True):
+        compared = (None, 0) if size == FIXED[-1] else (of_all, options.resamples)
+        rows[str(size)] = {"samples": float(size), "flops": costs[size], **quality(table, *compared)}
+    for measure in MEASURES:
+        sampling = AdaptiveSampling.fit_looks(fitting, measure)
+        kept = looks.at(SCHEDULE).act(sampling.act, measure)
+        started = time.perf_counter()
+        drawn = sampling.evaluate(model, test, seed=3, **run)
+        seconds = time.perf_counter() - started
+        for name, found in ((f"adaptive, {SHORT[measure]}", kept), (f"{SHORT[measure]}, drawn anew", drawn)):
+            rows[name] = {
+                "samples": found.cost.mean_samples,
+                "flops": spent(found),
+                "tolerance": sampling.tolerance,
+                **quality(found.scores, of_all, options.resamples),
+            }
+        rows[name]["seconds"] = seconds
+
+    controlled = {}
+    for unit in ("sequence", "step"):
+        for reversals in options.reversals:
+            controller = UncertaintyController.fit_looks(
+                fitting, unit=unit, coverage=options.coverage, reversals=reversals
+            )
+            found = looks.at(SCHEDULE).act(controller.act, controller.sampling.measure)
+            controlled[f"{unit}, {reversals:.0%} reversed"] = {
+                "coverage": found.coverage,
+                "risk": found.selective_risk,
+                "samples": found.cost.mean_samples,
+                "samples_at_a_token": float(found.samples.double().mean()),
+                "nll_change": found.nll / float(of_all.values["nll"].double().mean()) - 1,
+                "coefficients": controller.score.coefficients,
+            }
+    information = {
+        str(size): {
+            "raw": float((table.values["mutual_information"] - table.values["excess"]).double().mean()),
+            "corrected": float(table.values["mutual_information"].double().mean()),
+            "excess": float(table.values["excess"].double().mean()),
+        }
+        for size, table in zip(FIXED, looks.looks, strict=True)
+    }
+    result = {
+        "conditions": {
+            "model": f"{options.model.rstrip('/').rsplit('/', 1)[-1]}, {model.num_parameters():,} parameters",
+            "windows": f"{len(validation)} to fit on, {len(test)} to test, {options.length} tokens each",
+            "wrong": f"{float((~of_all.correct).double().mean()):.1%} of the test's tokens",
+        },
+        "machine": machine(options.threads),
+        "rows": rows,
+        "mutual_information": information,
+        "controlled": controlled,
+    }
+    base = costs[1]
+    columns = ["samples", "a token", "FLOPs / 1 sample", "NLL", *(f"AURC, {SHORT[name]}" for name in MEASURES)]
+    lines = [
+        [name, f"{row['samples']:.2f}", f"{row['flops'] / base:.2f}", cell(row, "nll")]
+        + [cell(row, f"aurc_{measure}") for measure in MEASURES]
+        for name, row in rows.items()
+    ]
+    show("Adaptive sampling; changes against 32 samples", columns, lines, result, options.json)
+    if options.json:
+        return result
+    lines = [
+        [size, *(f"{row[name]:.5f}" for name in ("raw", "corrected", "excess"))] for size, row in information.items()
+    ]
+    show("Mutual information, nats", ["samples", "raw", "corrected", "excess"], lines, result, False)
+    lines = [
+        [name, *(f"{row[column]:.3f}" for column in ("coverage", "risk", "samples")), f"{row['nll_change']:+.2%}"]
+        for name, row in controlled.items()
+    ]
+    columns = ["decisions", "coverage", "risk", "samples a token", "NLL of all tokens"]
+    show(f"Controllers that answer {options.coverage:.0%} of the validation data", columns, lines, result, False)
+    return result
+
+
+if __name__ == "__main__":
+    main()
