@@ -16,7 +16,7 @@ import time
 from pathlib import Path
 
 import torch
-from study_measures import Texts, measure
+from study_measures import Texts, converging, measure
 from study_tables import markdown
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
@@ -79,7 +79,7 @@ class Study:
                 raise ValueError(f"{self.folder} has a study of another {name} text: name another --output.")
             file.write_text(text, encoding="utf-8")
         if not (self.folder / "tokenizer").exists():
-            size = load_recipe(RECIPES / "base.yaml").tokenizer.vocab_size
+            size = load_recipe(RECIPES / "base.yaml", options.set).tokenizer.vocab_size
             train_tokenizer([parts["train"]], size).save_pretrained(self.folder / "tokenizer")
 
     def result(self, arm: str, trial: dict, number: int, seed: int) -> dict:
@@ -132,13 +132,25 @@ class Study:
         best = min(range(len(trials)), key=lambda number: trials[number]["validation_nll"])
         if arm.get("ensembles"):
             seeds = seeds + [max(seeds) + 1 + extra for extra in range(self.options.members - 1)]
-        runs = [self.result(name, arm["trials"][best], best, seed) for seed in seeds]
+        trial = arm["trials"][best]
+        runs = [self.result(name, trial, best, seed) for seed in seeds]
         return {
             "tuning": [{"trial": trial["trial"], "validation_nll": trial["validation_nll"]} for trial in trials],
             "best": best,
             "runs": runs[: len(self.options.seeds)],
             "members": [run["seed"] for run in runs] if arm.get("ensembles") else None,
+            "convergence": self.convergence(name, arm["trials"][best], best, seeds[0])
+            if arm.get("converges")
+            else None,
         }
+
+    def convergence(self, arm: str, trial: dict, number: int, seed: int) -> dict:
+        """The metrics of one run at 1 to 32 samples."""
+        folder = self.folder / arm / f"trial-{number}-seed-{seed}"
+        file = folder / "convergence.json"
+        if not file.exists():
+            file.write_text(json.dumps(converging(self.load(folder, trial), self.texts), indent=1))
+        return json.loads(file.read_text())
 
     def ensembles(self, found: dict) -> dict:
         """Ensembles of consecutive members; those of neighbouring seeds share members."""

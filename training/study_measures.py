@@ -12,6 +12,7 @@ from hf_variational.evaluation import (
     aurc,
     domain_auroc,
     fit_temperature,
+    sample_convergence,
     scores_at_temperatures,
     token_windows,
 )
@@ -19,6 +20,8 @@ from hf_variational.evaluation import (
 TEMPERED = "temperature"
 BATCH_SIZE = 16
 OTHER = "other-"
+CONVERGENCE_WINDOWS = 64
+CONVERGING = ("nll", "expected_calibration_error", "predictive_entropy", "mutual_information", "conditional_variance")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,20 @@ def measure(model, texts: Texts, samples: int) -> dict:
         "mean_pass": quality(_scores(model, texts.test, {"": 1.0}, 0)[0]) if has_mean_pass(model, sampled) else None,
         "cost": vars(cost),
     }
+
+
+def converging(model, texts: Texts) -> dict:
+    """Metrics at 1 to 32 samples on some windows of the test text, `{samples: {metric: {"mean", "sd", "bias"}}}`: the
+    standard deviation over draws, and the expected difference from 32.
+    """
+    found = sample_convergence(model, texts.test[:CONVERGENCE_WINDOWS], progress=False)
+    rows: dict = {str(size): {} for size in found.values}
+    for name in CONVERGING:
+        bias = found.bias(name)
+        for size, estimate in found.estimates(name).items():
+            rows[str(size)][name] = {"mean": estimate.mean, "sd": estimate.sd, "draws": estimate.n}
+            rows[str(size)][name]["bias"] = bias[size].mean if size in bias else None
+    return {"windows": min(len(texts.test), CONVERGENCE_WINDOWS), "rows": rows}
 
 
 def has_mean_pass(model, sampled: int) -> bool:

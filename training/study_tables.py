@@ -16,9 +16,13 @@ LABELS = {
     "mc_dropout": "dropout, MC dropout",
     "ensemble": "ensemble",
     "eve_identity_empirical": "EVE, identity mean, empirical prior",
-    "eve_identity_centered": "EVE, identity mean, centered prior",
     "eve_identity_standard": "EVE, identity mean, standard prior",
+    "eve_identity_centered": "EVE, identity mean, centered prior",
     "eve_linear_empirical": "EVE, linear mean, empirical prior",
+    "eve_linear_standard": "EVE, linear mean, standard prior",
+    "eve_linear_centered": "EVE, linear mean, centered prior",
+    "eve_no_kl": "EVE, identity mean, KL weight 0",
+    "eve_fixed_scale": "EVE, identity mean, fixed scale",
     "gaussian_attention": "Gaussian attention",
     "dirichlet_attention": "Dirichlet attention",
     "eve_dirichlet": "EVE and Dirichlet attention",
@@ -144,6 +148,19 @@ def domain_table(results: dict, length: int) -> str:
     return table(["", "measure", *others], rows)
 
 
+def convergence_table(found: dict) -> str:
+    """A row for each number of samples: mean ± standard deviation over draws (expected difference from the most)."""
+    rows = []
+    for size, metrics in found["rows"].items():
+        cells = []
+        for values in metrics.values():
+            bias = "" if values["bias"] is None else f" ({values['bias']:+.4f})"
+            spread = "" if values["draws"] < 2 else f" ± {values['sd']:.4f}"
+            cells.append(f"{values['mean']:.4f}{spread}{bias}")
+        rows.append([size, *cells])
+    return table(["samples", *next(iter(found["rows"].values()))], rows)
+
+
 def cost_table(results: dict) -> str:
     rows = []
     for name, result in results.items():
@@ -209,4 +226,8 @@ def markdown(results: dict, options, texts) -> str:
         "### Conditions",
         "\n".join(f"- {condition}" for condition in conditions),
     ]
+    for name, result in results.items():
+        if (found := result.get("convergence")) is not None:
+            title = f"### Samples: {LABELS[name]}, one seed, {found['windows']} windows of the test text"
+            parts[-2:-2] = [title, convergence_table(found)]
     return "\n\n".join(parts) + "\n"

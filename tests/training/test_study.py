@@ -54,9 +54,9 @@ def options(texts, tmp_path):
 
 
 def test_from_texts_to_tables(study, options, tmp_path, capsys, monkeypatch):
-    arms = ["--arms", "deterministic", "mc_dropout", "eve_identity_centered"]
+    arms = ["--arms", "deterministic", "mc_dropout", "eve_identity_empirical"]
     results = study.main([*options, *arms])
-    assert list(results) == ["deterministic", "mc_dropout", "eve_identity_centered", "ensemble"]
+    assert list(results) == ["deterministic", "mc_dropout", "eve_identity_empirical", "ensemble"]
     for name, result in results.items():
         tuned = [trial["validation_nll"] for trial in result["tuning"]]
         assert result["best"] == tuned.index(min(tuned))
@@ -72,9 +72,15 @@ def test_from_texts_to_tables(study, options, tmp_path, capsys, monkeypatch):
     assert [run["members"] for run in results["ensemble"]["runs"]] == [[0, 1], [1, 2]]
     tokens = results["deterministic"]["runs"][0]["training_tokens"]
     assert tokens == 2 * 2 * 128 and results["ensemble"]["runs"][0]["training_tokens"] == 2 * tokens
+    converged = results["eve_identity_empirical"]["convergence"]["rows"]
+    assert list(converged) == ["1", "2", "4", "8", "16", "32"]
+    assert converged["1"]["mutual_information"]["mean"] == 0 < converged["32"]["mutual_information"]["mean"]
+    assert converged["2"]["nll"]["draws"] == 3 * 16 and converged["32"]["nll"]["bias"] is None
+    assert all(results[name].get("convergence") is None for name in ("deterministic", "mc_dropout", "ensemble"))
     printed = capsys.readouterr().out
     table = (tmp_path / "study" / "study.md").read_text()
     assert table in printed and "| dropout, MC dropout |" in table and "not measured" not in table
+    assert "### Samples: EVE, identity mean, empirical prior, one seed" in table
     assert json.loads((tmp_path / "study" / "study.json").read_text()) == json.loads(json.dumps(results))
 
     def train_again(*args):
@@ -102,7 +108,8 @@ def test_parameters_of_every_trial_are_matched_within_two_percent(study, texts):
     tokenizer = train_tokenizer([(texts / "train.txt").read_text(encoding="utf-8")], vocab_size=1024)
     counts = {}
     for name, arm in study.load_arms(study.RECIPES / "arms.yaml", None).items():
-        assert len(arm["trials"]) == 2, "the same budget for every arm"
+        ablation = name in ("eve_no_kl", "eve_fixed_scale")
+        assert len(arm["trials"]) == (1 if ablation else 3), "the same budget for every arm"
         for number, trial in enumerate(arm["trials"]):
             values = {key: value for key, value in trial.items() if key != "mc_dropout"}
             counts[name, number] = build_model(load_recipe(base, (), values), tokenizer).num_parameters()
