@@ -105,8 +105,11 @@ class EnergyProbe(TrainerCallback):
 
 
 def control_of(run: Run) -> dict:
-    """The `regime` of the training arguments of a run that is steered, measured and acting every ten steps."""
-    control = {"band": {"target": run.target, "low_factor": LOW, "high_factor": HIGH}}
+    """The `regime` of the training arguments of a run that is steered: the control's defaults, but for its intervals.
+
+    The runs are short: every other step is measured, and a projection comes every ten.
+    """
+    control = {"band": {"target": run.target, "low_factor": LOW, "high_factor": HIGH}, "interval": 2}
     if run.regime == "projection":
         return {**control, "projection": {"interval": 10}}
     return {**control, "homeostasis": {}}

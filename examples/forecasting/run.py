@@ -15,6 +15,8 @@ import torch
 
 from .data import load
 from .experiments import execute, groups
+from .figures import FIGURES, write_figures
+from .tables import write_tables
 
 HERE = Path(__file__).parent
 
@@ -33,7 +35,13 @@ def main(argv: list[str] | None = None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     wanted = groups(options.seeds)
     if not options.report_only:
-        train_missing([run for name in options.only or wanted for run in wanted[name]], options.data, out)
+        chosen = [run for name in options.only or wanted for run in wanted[name]]
+        # One seed of everything before the next, so that what is there at any time can be compared.
+        train_missing(sorted(chosen, key=lambda run: run.seed), options.data, out)
+    results = read_results(out)
+    (out / "tables.md").write_text(write_tables(results, options.seeds))
+    write_figures(results, out, options.seeds)
+    print(f"{out}: tables.md, {', '.join(f'{name}.png' for name in FIGURES)}")
 
 
 def train_missing(runs, folder: str, out: Path) -> None:

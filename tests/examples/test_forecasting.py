@@ -19,7 +19,7 @@ from hf_variational.evaluation.streaming import mask_repeated_rows
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from examples.forecasting import EVEForecaster, EVEForecasterConfig, data, experiments, metrics, run
+from examples.forecasting import EVEForecaster, EVEForecasterConfig, data, experiments, figures, metrics, run, tables
 from examples.forecasting.configuration import linear_eve
 from examples.forecasting.dlinear import DLinear
 from examples.forecasting.modeling import ForecastOutput, objective_of, trend_of
@@ -460,3 +460,87 @@ def test_runs_are_kept_and_not_repeated(tmp_path, monkeypatch, capsys):
 def test_no_two_runs_share_a_key():
     runs = [each for group in experiments.groups().values() for each in group]
     assert len({each.key for each in runs}) == len(set(runs))
+
+
+@pytest.mark.parametrize(("regime", "start"), [("homeostasis", 8.0), ("homeostasis", 1 / 32), ("projection", 8.0)])
+def test_a_steered_run_comes_into_its_band(regime, start):
+    """From 64 times and from a thousandth of the usual mean energy, with the trainer's own control."""
+    spec = experiments.Run("sine", objective="nll", start=start, regime=regime, steps=50)
+    options = {"lookback": LOOKBACK, "horizon": HORIZON, "units": UNITS, "moving_average": 5}
+    left_alone, steered = (
+        experiments.execute(replace(spec, regime=name), tiny_parts(), **options)["energy"][-1]["mean"]
+        for name in ("off", regime)
+    )
+    low, high = experiments.LOW * spec.target, experiments.HIGH * spec.target
+    # what the task's gradient does between two control steps leaves some units a little over the end
+    assert low <= steered <= 1.5 * high
+    assert not low / 4 <= left_alone <= 4 * high
+
+
+def test_learned_phi_is_trained():
+    past, labels = batch_of(tiny_parts()["train"])
+    model = tiny(eve={"prior": "autoregressive", "learn_autoregressive_coefficient": True}).train()
+    model(past, labels).loss.backward()
+    assert model.bank.prior_coefficient.grad.abs().sum() > 0
+
+
+# ---- The report ----
+
+
+def test_shares_of_a_histogram():
+    model = tiny()
+    probe = experiments.EnergyProbe(batch_of(tiny_parts()["train"])[0], 10)
+    with torch.no_grad():
+        model.bank.mean_weight.zero_()
+        energies = torch.tensor([0.1, 0.13, 0.3, 0.49, 0.51, 2e9] * (UNITS // 6))
+        model.bank.mean_bias.copy_(energies.sqrt())
+    probe._look(0, model)
+    shares = tables.shares(probe.history[0], 0.25)
+    assert shares == pytest.approx((1 / 6, 3 / 6, 2 / 6))
+
+
+def fake_results(seeds):
+    """Numbers for every run: seeds differ, and the error rises with the share of units out of the band."""
+    results = {}
+    for spec in {each for group in experiments.groups(seeds).values() for each in group}:
+        out = {"off": 0.5, "projection": 0.1, "homeostasis": 0.2}[spec.regime] + 0.01 * spec.seed
+        counts = [0] * (len(experiments.OCTAVES) + 1)
+        counts[73], counts[100] = round(1000 * (1 - out)), round(1000 * out)
+        scores = dict.fromkeys(metrics.SCORES, 0.4) | {"kl": 1.0, "mse": 0.3 + 0.1 * out + 0.001 * spec.seed}
+        if spec.model == "dlinear":
+            scores.pop("nll")
+        looks = [{"step": step, "counts": counts} for step in (0, spec.steps)]
+        results[spec.key] = {
+            "run": {},
+            "test": scores,
+            "mean_pass": scores,
+            "log": [{"step": 1, "nll": 1.0}, {"step": 2, "nll": 0.5}],
+            "energy": looks if spec.model == "eve" else [],
+            "cpu_seconds": {"training": 1.0, "test": 1.0},
+        }
+    return results
+
+
+def test_the_report(tmp_path, monkeypatch):
+    monkeypatch.setattr(tables, "RESAMPLES", 50)
+    results = fake_results(2)
+    text = tables.write_tables(results, 2)
+    assert all(f"## {title}" in text for title in tables.TABLES)
+    rows = [line for line in text.splitlines() if line.startswith("| ETTh1 | homeostasis")]
+    assert rows and "80 %" in rows[0] and "-8." in rows[0]
+    finished = tables.Finished(results, 2)
+    (row, *_) = [line for line in tables.correlation_table(finished).splitlines() if line.startswith("| ETTh1, 150")]
+    assert "+0.9" in row or "+1.0" in row
+    figures.write_figures(results, tmp_path, 2)
+    assert {path.name for path in tmp_path.glob("*.png")} == {f"{name}.png" for name in figures.FIGURES}
+
+
+def test_a_report_of_nothing_yet(tmp_path):
+    assert "–" in tables.write_tables({})
+    figures.write_figures({}, tmp_path)
+
+
+def test_one_seed_says_so():
+    assert tables.cell([0.5]) == "0.500 (one seed)" and tables.cell([]) == "–"
+    assert tables.change([1.1], [1.0]) == "+10.0 % (one seed)" and tables.change([1.0], []) == "–"
+    assert tables.change([1.1, 1.2], [1.0, 1.0]).startswith("+15.0 % [")
