@@ -13,6 +13,8 @@ from itertools import pairwise
 
 import torch
 from report import machine, show
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
@@ -20,7 +22,6 @@ import hf_variational  # noqa: F401  registers its classes with the Auto classes
 from hf_variational.acting import AdaptiveSampling, KeptLooks, UncertaintyController
 from hf_variational.acting.looks import MEASURES
 from hf_variational.acting.policy import SCHEDULE
-from hf_variational.baselines import measure_cost
 from hf_variational.demo.texts import read_text
 from hf_variational.evaluation import token_scores, token_windows
 from hf_variational.evaluation.selective import RiskCoverage
@@ -36,10 +37,14 @@ def steps(schedule) -> list[int]:
 
 
 def flops_per_token(model, windows: list[list[int]], device) -> dict[int, float]:
-    """Of one pass, by its number of samples."""
-    batch = {"input_ids": torch.tensor(windows[:2], device=device)}
-    passes = sorted({1, *FIXED, *steps(SCHEDULE)})
-    return {size: measure_cost(model, batch, size, repeats=1).inference_flops_per_token for size in passes}
+    """Floating-point operations of the matrix products of one pass, by its number of samples."""
+    ids = torch.tensor(windows[:1], device=device)
+    costs = {}
+    for size in sorted({1, *FIXED, *steps(SCHEDULE)}):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+            model(ids, num_posterior_samples=size, use_cache=False)
+        costs[size] = counter.get_total_flops() / ids.numel()
+    return costs
 
 
 def quality(scores, reference=None, resamples: int = 0) -> dict:
@@ -81,6 +86,21 @@ def cell(row: dict, name: str) -> str:
     return text
 
 
+def generation(controller, model, prompts: torch.Tensor, new_tokens: int) -> dict:
+    """What controlled greedy decoding of prompts [rows, length] costs, against the most samples from the start."""
+    torch.manual_seed(0)
+    # The model knows no end, so that every row has as many steps.
+    out = controller.generate(model, prompts, max_new_tokens=new_tokens, do_sample=False, eos_token_id=None)
+    steps = (out.samples > 0).sum(1)
+    most = controller.sampling.schedule[-1]
+    return {
+        "generated_samples": float(out.samples[out.samples > 0].double().mean()),
+        "generated_cost": float(out.sample_tokens.sum() / (most * (prompts.shape[1] + steps - 1)).sum()),
+        "recomputed": float(out.recomputed_tokens.sum() / out.sample_tokens.sum()),
+        "abstained": float(out.abstained.double().mean()),
+    }
+
+
 def main(argv: list[str] | None = None) -> dict:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model", help="folder or Hub name of a causal language model with posteriors")
@@ -89,7 +109,9 @@ def main(argv: list[str] | None = None) -> dict:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--coverage", type=float, default=0.9, help="share that the controllers answer")
     parser.add_argument("--reversals", type=float, nargs="+", default=[0.01, 0.05])
-    parser.add_argument("--resamples", type=int, default=200, help="of whole windows, for the intervals")
+    parser.add_argument("--resamples", type=int, default=100, help="of whole windows, for the intervals")
+    parser.add_argument("--prompts", type=int, default=32, help="first quarters of test windows to go on from")
+    parser.add_argument("--new-tokens", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
@@ -135,6 +157,7 @@ def main(argv: list[str] | None = None) -> dict:
         rows[name]["seconds"] = seconds
 
     controlled = {}
+    prompts = torch.tensor(test[: options.prompts], device=device)[:, : max(1, options.length // 4)]
     for unit in ("sequence", "step"):
         for reversals in options.reversals:
             controller = UncertaintyController.fit_looks(
@@ -148,6 +171,7 @@ def main(argv: list[str] | None = None) -> dict:
                 "samples_at_a_token": float(found.samples.double().mean()),
                 "nll_change": found.nll / float(of_all.values["nll"].double().mean()) - 1,
                 "coefficients": controller.score.coefficients,
+                **generation(controller, model, prompts, options.new_tokens),
             }
     information = {
         str(size): {
@@ -188,6 +212,16 @@ def main(argv: list[str] | None = None) -> dict:
     ]
     columns = ["decisions", "coverage", "risk", "samples a token", "NLL of all tokens"]
     show(f"Controllers that answer {options.coverage:.0%} of the validation data", columns, lines, result, False)
+    columns = ["decisions", "abstained", "samples a step", "cost / 32 samples", "recomputed"]
+    names = ("abstained", "generated_samples", "generated_cost", "recomputed")
+    lines = [[name, *(f"{row[column]:.3f}" for column in names)] for name, row in controlled.items()]
+    show(
+        f"Greedy decoding, {options.new_tokens} tokens of each of {len(prompts)} prompts",
+        columns,
+        lines,
+        result,
+        False,
+    )
     return result
 
 

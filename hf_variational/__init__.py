@@ -41,6 +41,8 @@ _LAZY = {
     "fit_scale": ".retrofit.scale",
     "FittedScale": ".retrofit.scale",
     "EVEAdapterConfig": ".retrofit.peft",
+    "UncertaintyController": ".acting",
+    "AdaptiveSampling": ".acting",
     "fit_temperature": ".evaluation",
     "token_scores": ".evaluation",
     "token_windows": ".evaluation",

@@ -135,7 +135,7 @@ class UncertaintyController:
         full = QualityAtCost.of(of_all, 0.0)
         errors = [controller(fitted, 0.0)._look(table)[1] for table in looks.looks[:-1]]
         best = None
-        for thresholds in (fitted, undecided):
+        for thresholds in dict.fromkeys((fitted, undecided)):
             frontier, allowed = [], []
             for tolerance in tolerances(errors):
                 acted = looks.act(controller(thresholds, tolerance).act, measure)
