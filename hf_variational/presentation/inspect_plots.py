@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 from matplotlib.colors import LogNorm
@@ -16,7 +16,7 @@ from ..modeling.posterior import ACTIVE_KL
 from .figures import figure_of
 from .plots import COLOURS, GRID, INK, QUIET, plain
 
-__all__ = ["drift_of_units", "histograms", "map_of_heads", "map_of_units", "states"]
+__all__ = ["drift_of_units", "histograms", "histograms_of", "map_of_heads", "map_of_units", "states"]
 
 BLUE, ORANGE, LIGHT = COLOURS[0], COLOURS[1], COLOURS[5]
 _BINS = 48
@@ -41,24 +41,28 @@ _OF_HEADS = {
 
 def histograms(diagnostics: Diagnostics) -> Figure | None:
     """Units of each layer by KL, σ and mean energy, on logarithmic axes, one layer below the other."""
-    layers = diagnostics.layers
+    return histograms_of({f"layer {number}": layer for number, layer in diagnostics.layers.items()})
+
+
+def histograms_of(layers: Mapping[str, LayerDiagnostics]) -> Figure | None:
+    """The same of layers by name, of one model or of several."""
     if not layers:
         return None
     relative = any(_is_heterogeneous(layer) for layer in layers.values())
     figure, axes = _side_by_side(3, 3.9, 1.3 + 0.42 * len(layers))
     for one, (name, label) in zip(axes, _QUANTITIES, strict=True):
-        values = {number: getattr(layer, name).numpy() for number, layer in layers.items()}
+        values = {title: getattr(layer, name).numpy() for title, layer in layers.items()}
         is_ratio = name == "mean_energy" and relative
         if is_ratio:
             label = "mean energy μ² / its target"
-            bands = {number: layer.band for number, layer in layers.items() if layer.band is not None}
-            values = {number: values[number] / band.targets.numpy() for number, band in bands.items()}
+            bands = {title: layer.band for title, layer in layers.items() if layer.band is not None}
+            values = {title: values[title] / band.targets.numpy() for title, band in bands.items()}
         edges = _edges(values.values())
-        for place, (number, found) in enumerate(values.items()):
+        for place, (title, found) in enumerate(values.items()):
             counts, _ = np.histogram(_clipped(found, edges), edges)
             base = -place
-            if name == "mean_energy" and layers[number].band is not None:
-                _shade(one, layers[number], is_ratio, base)
+            if name == "mean_energy" and layers[title].band is not None:
+                _shade(one, layers[title], is_ratio, base)
             height = 0.85 * counts / max(counts.max(), 1)
             one.stairs(base + height, edges, baseline=base, fill=True, color=BLUE, alpha=0.35)
             one.stairs(base + height, edges, baseline=base, color=BLUE, linewidth=1.2)
@@ -68,7 +72,7 @@ def histograms(diagnostics: Diagnostics) -> Figure | None:
         one.set(xlim=(edges[0], edges[-1]), ylim=(-len(values) + 0.9, 1.0))
         one.grid(axis="y", visible=False)
         _log_ticks(one.xaxis, edges[0], edges[-1])
-        _name_layers(one, list(values), first=one is axes[0])
+        _name_layers(one, list(values) if one is axes[0] else [""] * len(values))
         one.set_xlabel(label, color=INK)
     return figure
 
@@ -142,7 +146,7 @@ def map_of_heads(diagnostics: Diagnostics) -> Figure | None:
             if name in layer.values:
                 image[row, : layer.heads] = np.maximum(layer.values[name].numpy(), _SMALLEST)
         _draw_map(figure, one, image, _OF_HEADS[name])
-        _name_layers(one, list(layers), first=one is axes[0], step=1)
+        _name_layers(one, _titles(layers, one is axes[0]), step=1)
         one.set_xlabel("head", color=INK)
     return figure
 
@@ -163,7 +167,7 @@ def drift_of_units(drift: Drift) -> Figure | None:
         one.set_ylim(-len(drift.layers) + 0.5, 0.5)
         one.grid(axis="y", visible=False)
         one.locator_params(axis="x", nbins=5)
-        _name_layers(one, list(drift.layers), first=one is axes[0])
+        _name_layers(one, _titles(drift.layers, one is axes[0]))
         one.set_xlabel(LABELS[name], color=INK)
     return figure
 
@@ -176,9 +180,14 @@ def _side_by_side(panels: int, width: float, height: float) -> tuple[Figure, lis
     return figure, axes
 
 
-def _name_layers(axes, numbers: Sequence[int], *, first: bool, step: int = -1) -> None:
-    axes.set_yticks([step * place for place in range(len(numbers))])
-    axes.set_yticklabels([f"layer {number}" if first else "" for number in numbers])
+def _titles(numbers: Iterable[int], is_first: bool = True) -> list[str]:
+    """What layers are called; nothing in the panels beside the first."""
+    return [f"layer {number}" if is_first else "" for number in numbers]
+
+
+def _name_layers(axes, titles: Sequence[str], step: int = -1) -> None:
+    axes.set_yticks([step * place for place in range(len(titles))])
+    axes.set_yticklabels(titles)
 
 
 def _draw_map(figure: Figure, axes, image: np.ndarray, label: str) -> None:
@@ -226,7 +235,7 @@ def _stack(axes, shares: dict[int, Sequence], names: tuple[str, str, str]) -> No
     axes.set(xlim=(0, 1), ylim=(-len(shares) + 0.4, 0.6))
     axes.xaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
     axes.grid(visible=False)
-    _name_layers(axes, list(shares), first=True)
+    _name_layers(axes, _titles(shares))
     axes.set_xlabel("units", color=INK)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.98), ncols=3, frameon=False, fontsize=9, labelcolor=INK)
 
