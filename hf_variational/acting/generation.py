@@ -87,7 +87,8 @@ class _Row:
 
 def controlled_generate(controller, model, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs):
     """See [`UncertaintyController.generate`]."""
-    config, options, criteria = _settings(model, kwargs)
+    settings = _Settings.of(model, kwargs)
+    config, criteria = settings.config, settings.criteria
     if input_ids.ndim != 2:
         raise ValueError(f"input_ids are [rows, length], got {tuple(input_ids.shape)}.")
     mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -106,22 +107,18 @@ def controlled_generate(controller, model, input_ids: Tensor, attention_mask: Te
             break
         last = look == len(schedule) - 1
         here = [rows[index] for index in pending]
-        watch = _Watch(
-            controller, size, last, limit - torch.tensor([len(row.steps) for row in here]), config, criteria
-        )
+        room = limit - torch.tensor([len(row.steps) for row in here])
+        watch = _Watch(controller, size, last, room, config, criteria)
         ids, attended = _left_padded([row.tokens for row in here], input_ids)
-        level = copy.deepcopy(config)
-        level.max_length, level.max_new_tokens = None, int(watch.room.max())
         with numbered_noise(torch.tensor(pending), torch.arange(size)), _watching(model, watch):
             model.generate(
                 ids,
                 attention_mask=attended,
-                generation_config=level,
                 num_posterior_samples=size,
                 output_sample_logits=True,
                 output_posteriors=True,
                 stopping_criteria=[watch, *criteria],
-                **options,
+                **settings.of_call(int(room.max())),
             )
         asking = watch.hand_out(here, again=look > 0)
         pending = [index for index, asks in zip(pending, asking, strict=True) if asks]
@@ -223,30 +220,56 @@ def _watching(model, watch: _Watch):
         handle.remove()
 
 
-def _settings(model, kwargs: dict) -> tuple[GenerationConfig, dict, list]:
-    """The generation config with what `kwargs` change in it, the other arguments of `generate`, and the criteria."""
-    if model.config.is_encoder_decoder:
-        raise ValueError(f"{type(model).__name__} has an encoder: controlled generation is of decoder-only models.")
-    for name in _REFUSED_INPUTS:
-        if kwargs.get(name) is not None:
-            raise ValueError(f"Controlled generation does without {name}: leave it out.")
-    kwargs = dict(kwargs)
-    criteria = list(kwargs.pop("stopping_criteria", None) or [])
-    config = copy.deepcopy(kwargs.pop("generation_config", None) or model.generation_config)
-    options = config.update(**kwargs)
-    for name in ("return_dict_in_generate", "output_uncertainty"):  # it always does
-        options.pop(name, None)
-        if hasattr(config, name):
-            setattr(config, name, False)
-    for name, neutral in _REFUSED.items():
-        if (value := getattr(config, name, None)) not in (None, neutral):
+@dataclass
+class _Settings:
+    """What a caller wants of `generate`.
+
+    Attributes:
+        config: what results from the caller's settings and the model's own, to be read.
+        given: the caller's generation config, if there is one.
+        options: the other arguments, as given.
+        criteria: stopping criteria.
+    """
+
+    config: GenerationConfig
+    given: GenerationConfig | None
+    options: dict
+    criteria: list
+
+    @classmethod
+    def of(cls, model, kwargs: dict) -> "_Settings":
+        if model.config.is_encoder_decoder:
             raise ValueError(
-                f"{name}={value!r} is not for controlled generation, which stops and goes on between calls of "
-                "generate: leave it out."
+                f"{type(model).__name__} has an encoder: controlled generation is of decoder-only models."
             )
-    if config.pad_token_id is None:
-        config.pad_token_id = _pad_token(config)
-    return config, options, criteria
+        for name in _REFUSED_INPUTS:
+            if kwargs.get(name) is not None:
+                raise ValueError(f"Controlled generation does without {name}: leave it out.")
+        options = dict(kwargs)
+        criteria = list(options.pop("stopping_criteria", None) or [])
+        given = options.pop("generation_config", None)
+        config = GenerationConfig() if given is None else copy.deepcopy(given)
+        config.update(**model.generation_config.to_dict(), defaults_only=True, allow_custom_entries=True)
+        config.update(**options)
+        for name, neutral in _REFUSED.items():
+            if (value := getattr(config, name, None)) not in (None, neutral):
+                raise ValueError(
+                    f"{name}={value!r} is not for controlled generation, which stops and goes on between calls of "
+                    "generate: leave it out."
+                )
+        return cls(config, given, options, criteria)
+
+    def of_call(self, new_tokens: int) -> dict:
+        """The arguments of a call of `generate` for at most so many new tokens."""
+        # Not `config`: in a config None means the model's value, and as an argument no value.
+        own = {"max_new_tokens": new_tokens, "return_dict_in_generate": False, "output_uncertainty": False}
+        options = {name: value for name, value in self.options.items() if name != "max_length"}
+        if self.given is None:
+            return {**options, **own}
+        config = copy.deepcopy(self.given)
+        config.max_length = None
+        config.update(**own, allow_custom_entries=True)
+        return {**{name: value for name, value in options.items() if name not in own}, "generation_config": config}
 
 
 def _pad_token(config: GenerationConfig) -> int:

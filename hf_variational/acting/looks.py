@@ -125,13 +125,16 @@ class _OpenTokens:
 
     def add(self, out, pending: Tensor, drawn: int, internal: bool) -> None:
         # Of the pass, whose rows are the pending ones.
-        here = torch.searchsorted(pending, self.rows), self.places
-        fresh = out.sample_logits[here[0], :, here[1]].float()
+        device = out.sample_logits.device  # of a model on several, not that of its inputs
+        here = torch.searchsorted(pending, self.rows).to(device), self.places.to(device)
+        fresh = out.sample_logits[here[0], :, here[1]].float().to(self.rows.device)
         size = fresh.shape[1]
         self.log_p = fresh if self.log_p is None else torch.cat([self.log_p, fresh], dim=1)
         for name, values in (internal_statistics(out) if internal else {}).items():
             before = self.internal.get(name, 0.0)
-            self.internal[name] = (before * drawn + values[here] * size) / (drawn + size)
+            self.internal[name] = (before * drawn + values.to(device)[here].to(self.rows.device) * size) / (
+                drawn + size
+            )
 
     def keep(self, mask: Tensor) -> None:
         mask = mask.to(self.rows.device)

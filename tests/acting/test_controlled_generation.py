@@ -1,11 +1,12 @@
 """Controlled generation: what it equals where nothing is to be decided, what each decision does, and what it costs."""
 
+import copy
 import math
 
 import pytest
 import torch
 from acting_models import END, KeyedNoise, llama, made
-from transformers import StoppingCriteria
+from transformers import GenerationConfig, StoppingCriteria
 
 from hf_variational import EVEConfig, UncertaintyStoppingCriteria, posterior_noise, variationalize
 from hf_variational.acting import (
@@ -224,6 +225,24 @@ def test_the_end_of_a_sequence(model):
     for unit in ("step", "sequence"):
         found, expected = run(controller(unit=unit), model, eos_token_id=end), plain(model, 8, eos_token_id=end)
         assert_same_text(found, expected)
+
+
+def test_no_end_and_a_config_of_ones_own(model):
+    end = int(plain(model, 8).sequences[1, 7])
+    ending = copy.deepcopy(model.generation_config)
+    try:
+        model.generation_config.eos_token_id = end
+        found, expected = run(controller(), model, eos_token_id=None), plain(model, 8, eos_token_id=None)
+        assert (found.actions == Action.ANSWER).all()
+        assert_same_text(found, expected)
+        assert_same_text(run(controller(), model), plain(model, 8))
+    finally:
+        model.generation_config = ending
+    config = GenerationConfig(max_length=12, eos_token_id=end, do_sample=False, pad_token_id=0)
+    with posterior_noise(KeyedNoise()):
+        found = controller().generate(model, PROMPTS, MASK, generation_config=config)
+    assert_same_text(found, plain(model, 8, eos_token_id=end))
+    assert config.max_length == 12
 
 
 def test_own_criteria_and_processors(model):
