@@ -229,7 +229,8 @@ class RegimeController:
             "step": torch.tensor(self.step),
         }
         state |= {f"{_LOGGED}{name}": value for name, value in self._logged.items()}
-        return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+        # copies, for a file has no room for two names of one tensor
+        return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """
