@@ -150,12 +150,12 @@ class EVEForecaster(PreTrainedModel):
         super().__init__(config)
         self.encoder = WindowEncoder(config)
         self.bank = EVE(config.eve, config.units, LAYER)
-        self.location = nn.Linear(config.units, config.horizon)
+        self.location_head = nn.Linear(config.units, config.horizon)
         if config.objective != "mse":
-            self.log_scale = nn.Linear(config.units, config.horizon)
+            self.scale_head = nn.Linear(config.units, config.horizon)
             self.log_floor = nn.Parameter(torch.empty(config.horizon))
         if config.aggregation == "score":
-            self.score = nn.Linear(config.units, 1)
+            self.score_head = nn.Linear(config.units, 1)
         if config.deterministic:
             for name, parameter in self.bank.named_parameters():
                 parameter.requires_grad_(name in ("gain", "mean_weight", "mean_bias"))
@@ -166,8 +166,9 @@ class EVEForecaster(PreTrainedModel):
         if isinstance(module, EVE):
             module.init_weights()
         elif isinstance(module, nn.Linear):
-            # The head starts at the window's mean, and at its deviation.
-            scale = 0.1 if module.out_features != self.config.units else 1.0
+            # The forecast starts near the window's mean, with its deviation.
+            heads = [head for name, head in self.named_children() if name.endswith("_head")]
+            scale = 0.1 if any(module is head for head in heads) else 1.0
             init.normal_(module.weight, std=scale / math.sqrt(module.in_features))
             init.zeros_(module.bias)
         elif isinstance(module, EVEForecaster) and module.config.objective != "mse":
@@ -204,7 +205,8 @@ class EVEForecaster(PreTrainedModel):
     ) -> ForecastOutput:
         """
         Args:
-            past: [batch, length, lookback]; positions are origins in time order.
+            past: [batch, length, lookback], in float32 whatever the model's dtype; positions are origins in time
+                order.
             labels: [batch, length, horizon]; an origin whose labels are -100 is left out.
             num_posterior_samples: S; 0 is the mean pass; `None`: 0 in eval mode, the config's in train mode.
             output_uncertainty: returns `uncertainty`; needs S >= 1.
@@ -228,9 +230,9 @@ class EVEForecaster(PreTrainedModel):
 
         centre = past.mean(-1, keepdim=True)
         scale = (past.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-        h = self.encoder((past - centre) / scale)
+        h = self.encoder(((past - centre) / scale).to(self.location_head.weight.dtype))
         z = self.bank(h, axis).unflatten(0, (past.shape[0], -1))
-        locations = self.location(z) * scale.unsqueeze(1) + centre.unsqueeze(1)
+        locations = self.location_head(z).to(past.dtype) * scale.unsqueeze(1) + centre.unsqueeze(1)
         log_scales = self._log_scales(z, scale) if self.config.objective != "mse" else None
         fields = {"forecast": self._aggregate(locations, z), "locations": locations, "log_scales": log_scales}
         if output_uncertainty:
@@ -262,7 +264,7 @@ class EVEForecaster(PreTrainedModel):
 
     def _log_scales(self, z: Tensor, scale: Tensor) -> Tensor:
         """log of sqrt((window's deviation * learned)^2 + floor^2), with a learned floor for each step ahead."""
-        relative = self.log_scale(z).float().clamp(-7.0, 5.0) + scale.log().float().unsqueeze(1)
+        relative = self.scale_head(z).float().clamp(-7.0, 5.0) + scale.log().float().unsqueeze(1)
         floor = self.log_floor.float().clamp(min=math.log(LEAST_SCALE))
         return 0.5 * torch.logaddexp(2.0 * relative, 2.0 * floor.expand_as(relative))
 
@@ -271,7 +273,7 @@ class EVEForecaster(PreTrainedModel):
             # of an even number the mean of the middle two; torch's own takes the lower one
             return locations.quantile(0.5, dim=1)
         if self.config.aggregation == "score":
-            return (locations * self.score(z).softmax(1)).sum(1)
+            return (locations * self.score_head(z).softmax(1)).sum(1)
         return locations.mean(1)
 
     def _loss(
