@@ -31,12 +31,10 @@ def runs_of(*values, kl=0.5):
 
 def test_the_last_rung_is_ranked_by_the_mean_over_further_seeds():
     rows = [row(0, 1.0), row(1, 1.1), row(2, 1.2)]
-    runs = {0: runs_of(1.5, 1.7), 1: runs_of(1.2, 1.3), 2: runs_of(1.4, 1.1)}
+    runs = {0: runs_of(1.5, 1.7), 1: runs_of(1.2, 1.3), 2: runs_of(1.4, 1.2)}
     ranked = rank(rows, runs, GATED)
-    assert [finalist.row.number for finalist in ranked] == [1, 2, 0] or ranked[0].mean() == ranked[1].mean()
-    assert [finalist.mean() for finalist in ranked] == sorted(
-        statistics.fmean(r[NLL] for r in runs[n].values()) for n in runs
-    )
+    assert [finalist.row.number for finalist in ranked] == [1, 2, 0]
+    assert [finalist.mean() for finalist in ranked] == pytest.approx([1.25, 1.3, 1.6])
     first = next(finalist for finalist in ranked if finalist.row.number == 0)
     assert first.mean() == pytest.approx(1.6), "the seed it was chosen on is not in it"
     assert first.standard_error() == pytest.approx(statistics.stdev([1.5, 1.7]) / math.sqrt(2))
@@ -129,7 +127,7 @@ def test_a_search_for_a_front_counts_operations_without_touching_the_training(tm
     assert front.rows[0].nll == plain.rows[0].nll
 
 
-def test_brute_force_orders_are_all_the_same():
+def test_the_rank_does_not_depend_on_the_order_of_the_trials():
     rows, runs = [row(n, 1.0 + n) for n in range(3)], {n: runs_of(3.0 - n) for n in range(3)}
     orders = {tuple(f.row.number for f in rank(list(order), runs, GATED)) for order in itertools.permutations(rows)}
     assert orders == {(2, 1, 0)}
