@@ -9,6 +9,7 @@ from inspected_models import (
     LAYERS,
     LENGTHS,
     UNITS,
+    VOCAB,
     by_brute_force,
     data,
     dirichlet,
@@ -18,6 +19,7 @@ from inspected_models import (
     retrofitted,
     stock,
 )
+from transformers import MixtralConfig, MixtralForCausalLM
 
 from hf_variational import (
     EVEAdapterConfig,
@@ -26,6 +28,7 @@ from hf_variational import (
     VariationalGPTConfig,
     VariationalGPTForCausalLM,
     posterior_noise,
+    variationalize,
 )
 from hf_variational.diagnostics import Band, Diagnostics, diagnose
 from hf_variational.diagnostics.layers import LayerDiagnostics, troubled
@@ -169,6 +172,30 @@ def test_an_adapter_says_what_the_same_retrofit_says():
     for layer, values in expected.items():
         for name, value in values.items():
             torch.testing.assert_close(getattr(found.layers[layer], name).double(), value, rtol=1e-4, atol=1e-6)
+
+
+def test_stacked_experts_have_all_their_units():
+    torch.manual_seed(0)
+    config = MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=UNITS,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=3,
+        num_experts_per_tok=1,
+        max_position_embeddings=32,
+        pad_token_id=0,
+        initializer_range=0.3,
+    )
+    model = variationalize(MixtralForCausalLM(config), eve=EVEConfig(prior="standard")).eval()
+    found = inspected(model, batch_size=3)
+    assert [layer.units for layer in found.layers.values()] == [3 * UNITS] * 2
+    assert_same(found, inspected(model, batch_size=1))
+    out = model(torch.tensor([data()[0]]), num_posterior_samples=0, labels=torch.tensor([data()[0]]))
+    alone = inspected(model, data()[:1])
+    assert float(alone.layers[0].kl.sum()) == pytest.approx(float(out.kl_per_layer[0].detach()), rel=1e-4)
 
 
 # ---- The band ----
