@@ -102,24 +102,35 @@ class TestThermostat:
 
     def test_by_hand(self):
         log_weight = tensor(0.0, 0.3, -0.2, 0.0)
-        found = rules.thermostat_step(log_weight, tensor(0.8, 0.2, 0.05, 1e-5), **self.options)
+        kl = tensor(0.8, 0.2, 0.05, 1e-5)
+        found = rules.thermostat_step(log_weight, kl, kl, **self.options)
         expected = tensor(0.5 * math.log(2), 0.3, -0.2 - 0.5 * math.log(2), -2.0)
+        torch.testing.assert_close(found, expected)
+
+    def test_waits_for_a_kl_that_is_on_its_way(self):
+        before = tensor(0.9, 0.7, 0.04, 0.7, 0.9)
+        kl = tensor(0.8, 0.8, 0.05, 0.7, 0.05)
+        found = rules.thermostat_step(torch.zeros_like(kl), kl, before, **self.options)
+        # the second goes away, the fourth stands still, the last has crossed the range
+        expected = tensor(0.0, 0.5 * math.log(2), 0.0, 0.5 * math.log(1.75), -0.5 * math.log(2))
         torch.testing.assert_close(found, expected)
 
     def test_within_the_ratio_of_the_mean(self):
         start = tensor(5.0, 0.0, 0.0, -5.0)
-        found = rules.thermostat_step(start, tensor(0.2, 0.2, 0.2, 0.2), **{**self.options, "ratio": math.e})
+        kl = tensor(0.2, 0.2, 0.2, 0.2)
+        found = rules.thermostat_step(start, kl, kl, **{**self.options, "ratio": math.e})
         torch.testing.assert_close(found, tensor(1.0, 0.0, 0.0, -1.0))
 
     def test_never_leaves_its_bounds(self):
-        weight = torch.zeros(4, dtype=torch.float64)
+        weight = kl = torch.zeros(4, dtype=torch.float64)
         for _ in range(100):
-            weight = rules.thermostat_step(weight, torch.zeros(4, dtype=torch.float64), **self.options)
+            weight = rules.thermostat_step(weight, kl, kl, **self.options)
         torch.testing.assert_close(weight.exp(), torch.full_like(weight, 1e-4))
 
     def test_without_a_floor_nothing_is_dead(self):
         options = {**self.options, "kl_min": 0.0}
-        found = rules.thermostat_step(tensor(0.0, 0.0, 0.0), tensor(0.0, -1e-9, 0.8), **options)
+        kl = tensor(0.0, -1e-9, 0.8)
+        found = rules.thermostat_step(tensor(0.0, 0.0, 0.0), kl, kl, **options)
         torch.testing.assert_close(found, tensor(0.0, 0.0, 0.5 * math.log(2)))
 
 

@@ -23,12 +23,12 @@ ATTENTION = (
 )
 
 
-def launch(folder, noise, accumulation, processes, *checkpoint):
+def launch(folder, *arguments, processes, script="two_processes.py"):
     folder.mkdir()
     command = [sys.executable]
     if processes == 2:
         command += ["-m", "accelerate.commands.launch", "--config_file", str(CONFIG), "--main_process_port", "0"]
-    command += [str(HERE / "two_processes.py"), str(folder), noise, str(accumulation), *checkpoint]
+    command += [str(HERE / script), str(folder), *map(str, arguments)]
     path = os.pathsep.join([str(ROOT), str(HERE), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
@@ -42,10 +42,10 @@ def launch(folder, noise, accumulation, processes, *checkpoint):
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("processes")
     return {
-        "one": launch(folder / "one", "given", accumulation=2, processes=1),
-        "two": launch(folder / "two", "given", accumulation=1, processes=2),
-        "own": launch(folder / "own", "own", 1, 2),
-        "resumed": launch(folder / "resumed", "own", 1, 2, str(folder / "own" / "checkpoint-3")),
+        "one": launch(folder / "one", "given", 2, processes=1),
+        "two": launch(folder / "two", "given", 1, processes=2),
+        "own": launch(folder / "own", "own", 1, processes=2),
+        "resumed": launch(folder / "resumed", "own", 1, folder / "own" / "checkpoint-3", processes=2),
     }
 
 

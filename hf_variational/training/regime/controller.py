@@ -38,6 +38,7 @@ class RegimeController:
         self._bands = None if settings.band is None else self.units.limits(settings.band, device)
         zeros = torch.zeros(self.units.total, device=device)
         self.means = UnitMeans(zeros, zeros, zeros)
+        self.previous_kl = zeros
         self.nll = torch.zeros((), device=device)
         self.kl_log_weight = zeros
         self.band_log_factor = torch.zeros((), device=device)
@@ -79,6 +80,7 @@ class RegimeController:
 
     def _average(self, measured: UnitMeans, nll: Tensor) -> None:
         stays = self.settings.decay if self.measurements else 0.0
+        self.previous_kl = self.means.kl if self.measurements else measured.kl
         self.means = UnitMeans(
             *(stays * old + (1.0 - stays) * new for old, new in zip(self.means, measured, strict=True))
         )
@@ -142,9 +144,10 @@ class RegimeController:
         if thermostat is not None:
             low, high = thermostat.kl_min, thermostat.kl_max
             if step >= thermostat.warmup_steps:
-                held = zip(self.units.split(self.kl_log_weight).values(), self.units.split(kl).values(), strict=True)
+                parts = (self.units.split(one).values() for one in (self.kl_log_weight, kl, self.previous_kl))
                 options = (low, high, thermostat.rate, thermostat.ratio, thermostat.emergency_step)
-                self.kl_log_weight = torch.cat([rules.thermostat_step(*one, *options) for one in held])
+                layers = [rules.thermostat_step(*layer, *options) for layer in zip(*parts, strict=True)]
+                self.kl_log_weight = torch.cat(layers)
             logged["kl_inside"] = ((kl >= low) & (kl <= high)).float().mean()
             logged["kl_log_weight"] = self.kl_log_weight.mean()
         if control is not None:
@@ -222,6 +225,7 @@ class RegimeController:
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors on the CPU."""
         state = {**self.means._asdict(), "nll": self.nll, "kl_log_weight": self.kl_log_weight}
+        state["previous_kl"] = self.previous_kl
         state |= {
             "band_log_factor": self.band_log_factor,
             "autoregressive_log_weight": self.autoregressive_log_weight,
@@ -246,7 +250,7 @@ class RegimeController:
             )
         device = self.nll.device
         self.means = UnitMeans(*(state[name].to(device) for name in UnitMeans._fields))
-        for name in ("nll", "kl_log_weight", "band_log_factor", "autoregressive_log_weight"):
+        for name in ("nll", "previous_kl", "kl_log_weight", "band_log_factor", "autoregressive_log_weight"):
             setattr(self, name, state[name].to(device))
         self.measurements, self.step = int(state["measurements"]), int(state["step"])
         logged = [name for name in state if name.startswith(_LOGGED)]

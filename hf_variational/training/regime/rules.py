@@ -15,6 +15,8 @@ from ...modeling.posterior import ACTIVE_KL
 JUST_INSIDE = 0.1
 # No weight of a unit's KL leaves [1 / MAX_WEIGHT, MAX_WEIGHT]: a range that cannot be reached must not drive it to 0.
 MAX_WEIGHT = 1e4
+# A KL is on its way into its range if its distance has shrunk by this share since the control step before.
+PROGRESS = 0.005
 
 
 class Limits(NamedTuple):
@@ -69,18 +71,41 @@ def rescaling_factor(energy: Tensor, limits: Limits, way: float, eta: Tensor | f
     return torch.where(limits.outside(energy) & (energy > 0) & energy.isfinite(), factor, 1.0)
 
 
+def distance_from_range(kl: Tensor, kl_min: float, kl_max: float) -> Tensor:
+    """Signed distance of log KL from [log kl_min, log kl_max]: log(KL / kl_max)_+ - log(kl_min / KL)_+, [units]."""
+    kl = kl.clamp(min=0)  # of a collapsed unit it is rounding around 0
+    over = (kl / kl_max).log().clamp(min=0)
+    return over - (kl_min / kl).log().clamp(min=0) if kl_min > 0 else over
+
+
 def thermostat_step(
-    log_weight: Tensor, kl: Tensor, kl_min: float, kl_max: float, rate: float, ratio: float, emergency_step: float
+    log_weight: Tensor,
+    kl: Tensor,
+    previous_kl: Tensor,
+    kl_min: float,
+    kl_max: float,
+    rate: float,
+    ratio: float,
+    emergency_step: float,
 ) -> Tensor:
     """The next log-weights of the units' KL, [units].
 
-    log w_i + rate (log(KL_i / kl_max)_+ - log(kl_min / KL_i)_+), and log w_i - emergency_step where the unit is dead
-    and should not be; then within log(ratio) of the mean over units.
+    log w_i + rate * d_i, with d_i the distance of log KL_i from its range; log w_i - emergency_step where the unit is
+    dead and should not be; then within log(ratio) of the mean over units.
+
+    A weight waits where its KL is on its way into the range. An optimizer moves a scale by its learning rate, however
+    large the gradient, and a weight that rose all the way would have to come down all the way afterwards.
+
+    Args:
+        log_weight, kl: [units].
+        previous_kl: KL at the control step before, [units].
+        kl_min, kl_max, rate, ratio, emergency_step: see [`Thermostat`].
     """
-    kl = kl.clamp(min=0)  # of a collapsed unit it is rounding around 0
-    step = rate * (kl / kl_max).log().clamp(min=0)
+    distance = distance_from_range(kl, kl_min, kl_max)
+    before = distance_from_range(previous_kl, kl_min, kl_max)
+    approaches = (distance.abs() < (1.0 - PROGRESS) * before.abs()) & (distance * before > 0)
+    step = torch.where(approaches, 0.0, rate * distance)
     if kl_min > 0:
-        step = step - rate * (kl_min / kl).log().clamp(min=0)
         step = torch.where(kl < min(ACTIVE_KL, kl_min), -emergency_step, step)
     moved = log_weight + step
     mean, reach, most = moved.mean(), math.log(ratio), math.log(MAX_WEIGHT)

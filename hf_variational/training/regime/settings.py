@@ -144,7 +144,7 @@ class Homeostasis:
         warmup_steps: Optimizer steps before the first.
     """
 
-    eta: float = 0.1
+    eta: float = 0.3
     eta_max: float = 0.5
     toward: str = "center"
     max_factor: float = 1.25
@@ -165,7 +165,8 @@ class Thermostat:
     """
     A weight of the KL for each unit, beside `kl_weight`, that holds the unit's KL in [kl_min, kl_max].
 
-    Its logarithm moves by `rate` times the distance of log KL from the range: up where the KL is too large.
+    Its logarithm moves by `rate` times the distance of log KL from the range, up where the KL is too large, unless the
+    KL is on its way there.
 
     Args:
         kl_min, kl_max: Nats per token that a unit may spend.
