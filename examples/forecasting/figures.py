@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .experiments import HIGH, LOW, OCTAVES, REGIMES, STARTS, Run
-from .tables import Finished, paired_points, shares
+from .tables import LEAST_SETTINGS, Finished, paired_points, shares
 
 COLOURS = {"off": "#8c8c8c", "projection": "#d1712b", "homeostasis": "#2b6cb0"}
 NAMES = ("collapsed start", "usual start", "exploding start")
@@ -42,7 +42,7 @@ def trajectories(finished: Finished) -> Figure:
                 log = [(entry["step"], entry["nll"]) for entry in result["log"]]
                 axes[1, column].plot(*zip(*log, strict=True), color=COLOURS[regime], alpha=0.8)
         axes[0, column].set(title=f"{name}, μ² × {start**2:.3g}", ylim=(-3, 103))
-        axes[1, column].set(xlabel="optimizer step", yscale="symlog")
+        axes[1, column].set(xlabel="optimizer step")
     axes[0, 0].set_ylabel("units inside the band, %")
     axes[1, 0].set_ylabel("training NLL, nats a value")
     _legend(axes[0, 0])
@@ -70,7 +70,11 @@ def energies(finished: Finished) -> Figure:
 
 def scatter(finished: Finished) -> Figure:
     """The share of units out of the band against the test error, a point for each run."""
-    points = paired_points(finished)
+    points = {
+        name: runs
+        for name, runs in paired_points(finished).items()
+        if len({setting for setting, _, _ in runs}) >= LEAST_SETTINGS
+    }
     figure, axes = _axes(max(1, len(points)))
     for axis, (name, runs) in zip(axes[0], points.items(), strict=False):
         for regime in REGIMES:

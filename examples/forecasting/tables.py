@@ -18,6 +18,10 @@ TITLES = {
     ("eve", "nll"): "EVE, NLL",
     ("eve", "mc_nll"): "EVE, MC-NLL",
 }
+# Marks a number that is of one seed.
+ONE_SEED = "¹"
+# A bootstrap over fewer settings says nothing.
+LEAST_SETTINGS = 5
 # Of the bootstrap of a correlation.
 RESAMPLES = 1000
 SETTINGS = ("objective", "latent_dim", "prior", "regime", "start", "target")
@@ -67,7 +71,7 @@ def cell(values: list[float], digits: int = 3, spread: bool = True) -> str:
     estimate = over_seeds(values)
     text = f"{estimate.mean:.{digits}f}"
     if len(values) == 1:
-        return f"{text} (one seed)"
+        return text + ONE_SEED
     return f"{text} ± {estimate.sd:.{digits}f}" if spread else text
 
 
@@ -78,18 +82,20 @@ def change(first: list[float], second: list[float]) -> str:
     ratio = [100.0 * (a / b - 1.0) for a, b in zip(first, second, strict=True)]
     estimate = paired_difference(ratio, [0.0] * len(ratio))
     if estimate.interval is None:
-        return f"{estimate.mean:+.1f} % (one seed)"
+        return f"{estimate.mean:+.1f} %{ONE_SEED}"
     low, high = estimate.interval
     return f"{estimate.mean:+.1f} % [{low:+.1f}, {high:+.1f}]"
 
 
 def percent(values) -> str:
-    return "–" if not len(values) else f"{100 * float(np.mean(values)):.0f} %"
+    one = ONE_SEED if len(values) == 1 else ""
+    return "–" if not len(values) else f"{100 * float(np.mean(values)):.0f} %{one}"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    text = "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
+    return f"{text}\n\n{ONE_SEED} one seed" if ONE_SEED in text else text
 
 
 def main_table(finished: Finished) -> str:
@@ -160,7 +166,7 @@ def regimes_table(finished: Finished) -> str:
 def starts_table(finished: Finished) -> str:
     runs = [Run("ETTh1", objective="nll", steps=100, start=start, regime=r) for start in STARTS for r in REGIMES]
     rows = regime_rows(finished, runs, lambda run: replace(run, regime="off"))
-    names = [[f"× {run.start**2:g}", run.regime] for run in runs]
+    names = [[f"× {run.start**2:.3g}", run.regime] for run in runs]
     return table(["μ² starts", "regime", *REGIME_HEAD], [a + b for a, b in zip(names, rows, strict=True)])
 
 
@@ -232,7 +238,7 @@ def correlation_table(finished: Finished) -> str:
     rows = []
     for name, points in paired_points(finished).items():
         settings = [point[0] for point in points]
-        if len(set(settings)) < 3:
+        if len(set(settings)) < LEAST_SETTINGS:
             continue
         numbers = {setting: place for place, setting in enumerate(dict.fromkeys(settings))}
         clusters = np.array([numbers[setting] for setting in settings])

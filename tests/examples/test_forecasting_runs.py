@@ -178,6 +178,7 @@ def test_a_report_of_nothing_yet(tmp_path):
 
 
 def test_one_seed_says_so():
-    assert tables.cell([0.5]) == "0.500 (one seed)" and tables.cell([]) == "–"
-    assert tables.change([1.1], [1.0]) == "+10.0 % (one seed)" and tables.change([1.0], []) == "–"
+    assert tables.cell([0.5]) == "0.500¹" and tables.cell([]) == "–"
+    assert tables.change([1.1], [1.0]) == "+10.0 %¹" and tables.change([1.0], []) == "–"
+    assert tables.table(["a"], [["0.500¹"]]).endswith("¹ one seed") and "¹" not in tables.table(["a"], [["b"]])
     assert tables.change([1.1, 1.2], [1.0, 1.0]).startswith("+15.0 % [")
