@@ -172,8 +172,11 @@ def _run_trials(study, storage, runs, first_rung, objective, number, timeout, wa
     except SpaceError:
         raise
     except ValueError:
-        # the Trainer asks for the best trial in the end, and there may be none that passes
-        if any(row.state == "complete" and not row.missed for row in rows_of(study, runs.space)):
+        # The Trainer asks for the best trial in the end, and there may be none that passes. An error on the way leaves
+        # a last trial that does not count.
+        last = study.get_trials(deepcopy=False)[-1:]
+        passed = any(row.state == "complete" and not row.missed for row in rows_of(study, runs.space))
+        if passed or not last or not counts(last[0]):
             raise
 
 

@@ -153,6 +153,15 @@ def test_a_gate_that_no_trial_passes(tmp_path):
     assert "no best recipe" in (tmp_path / "found" / "report.html").read_text()
 
 
+def test_a_gate_on_the_regime(tmp_path):
+    space = {"arguments.regime.band.target": {"choices": [1e-4, 1e4]}, "gates": {"eval_regime_inside": {"min": 0.5}}}
+    band = {"low_factor": 1e-3, "high_factor": 1e6, "target": 1.0}
+    outcome = run(tmp_path, space, trials=3, arguments={"regime": {"band": band}})
+    inside = {row.values["arguments.regime.band.target"]: row.metrics["eval_regime_inside"] for row in outcome.rows}
+    assert inside == {1e-4: 1.0, 1e4: 0.0}
+    assert outcome.best.row.values["arguments.regime.band.target"] == 1e-4
+
+
 def test_a_gate_on_what_is_not_measured(tmp_path):
     space = {RATE: SPACE[RATE], "gates": {"eval_regime_isnide": {"min": 0.5}}}
     with pytest.raises(ValueError, match=r"`gates` names eval_regime_isnide.*eval_nll"):
@@ -232,13 +241,18 @@ def test_two_searches_in_one_folder(tmp_path):
 
 
 def test_a_budget_ends_the_trials_and_counts_over_calls(tmp_path):
-    first = run(tmp_path, SPACE, trials=50, budget=1e-3)
-    assert len(first.rows) == 1, "a trial that runs is finished"
-    second = run(tmp_path, SPACE, trials=50, budget=1e-3)
-    assert comparable(second) == comparable(first)
-    assert "1 of 50 trials are done" in (tmp_path / "found" / "report.html").read_text()
-    third = run(tmp_path, SPACE, trials=2)
-    assert len(third.rows) == 2 and third.facts["seconds"] > first.facts["seconds"]
+    first = run(tmp_path, SPACE, trials=1, budget=3600)
+    study = optuna.load_study(study_name="autopilot", storage=storage_of(tmp_path / "found"))
+    assert study.user_attrs["seconds"] == first.facts["seconds"] == first.rows[0].seconds > 0
+    study.set_user_attr("seconds", 2500.0)
+    second = run(tmp_path, SPACE, trials=50, budget=3600, seeds=1)
+    assert comparable(second) == comparable(first), "no trial begins after two thirds"
+    assert second.best.shared == (1,), "the rest is for the last rung"
+    study.set_user_attr("seconds", 3700.0)
+    third = run(tmp_path, SPACE, trials=50, budget=3600, seeds=2)
+    assert third.best.shared == (1,) and third.facts["seconds"] == 3700.0
+    page = (tmp_path / "found" / "report.html").read_text()
+    assert "1 of 50 trials are done" in page and "Of 2 further seeds the whole last rung has run 1." in page
 
 
 def test_what_halving_needs(tmp_path):

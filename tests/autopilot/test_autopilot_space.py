@@ -56,6 +56,19 @@ def test_a_nested_key_of_a_value_that_is_a_mapping_is_set(content):
     assert "lr_scheduler_kwargs" not in content["arguments"], "the content stays as it was"
 
 
+def test_keys_of_the_band_and_its_controls(tmp_path, content):
+    content["arguments"]["regime"] = {"band": {"target": 1.0}, "homeostasis": {"warmup_steps": 1}}
+    target, eta, warmup = "band.target", "homeostasis.eta", "homeostasis.warmup_steps"
+    space = {
+        f"arguments.regime.{target}": {"low": 1, "high": 3},
+        f"arguments.regime.{eta}": {"low": 0.1, "high": 0.5},
+        f"arguments.regime.{warmup}": {"low": 1, "high": 9},
+    }
+    assert [dimension.whole for dimension in load(tmp_path, content, space).dimensions] == [False, False, True]
+    with pytest.raises(ValueError, match=r"traget.*did you mean 'target'"):
+        load(tmp_path, content, {"arguments.regime.band.traget": {"low": 1.0, "high": 3.0}})
+
+
 @pytest.mark.parametrize(
     ("space", "message"),
     [
