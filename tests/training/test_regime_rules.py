@@ -98,40 +98,41 @@ class TestRescaling:
 
 
 class TestThermostat:
-    options = {"kl_min": 0.1, "kl_max": 0.4, "rate": 0.5, "ratio": 1e3, "emergency_step": 2.0}
+    options = {"kl_min": 0.1, "kl_max": 0.4, "rate": 0.5, "gain": 3.0, "ratio": 1e3, "emergency_step": 2.0}
+    # the middle of the range is 0.2, and a unit is turned a quarter of the way from there to an end
+    high, low = 0.2 * 2**0.25, 0.2 / 2**0.25
 
     def test_by_hand(self):
-        log_weight = tensor(0.0, 0.3, -0.2, 0.0)
-        kl = tensor(0.8, 0.2, 0.05, 1e-5)
-        found = rules.thermostat_step(log_weight, kl, kl, **self.options)
-        expected = tensor(0.5 * math.log(2), 0.3, -0.2 - 0.5 * math.log(2), -2.0)
+        integral, kl = tensor(0.0, 0.3, -0.2, 0.0), tensor(0.8, 0.2, 0.05, 1e-5)
+        found, weights = rules.thermostat_step(integral, kl, kl, **self.options)
+        distance = tensor(math.log(0.8 / self.high), 0.0, -math.log(self.low / 0.05), -math.log(self.low / 1e-4))
+        expected = integral + 0.5 * distance
+        expected[3] = -2.0
         torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(weights, (expected + 3.0 * distance).clamp(-math.log(1e4), math.log(1e4)))
 
-    def test_waits_for_a_kl_that_is_on_its_way(self):
-        before = tensor(0.9, 0.7, 0.04, 0.7, 0.9)
-        kl = tensor(0.8, 0.8, 0.05, 0.7, 0.05)
-        found = rules.thermostat_step(torch.zeros_like(kl), kl, before, **self.options)
-        # the second goes away, the fourth stands still, the last has crossed the range
-        expected = tensor(0.0, 0.5 * math.log(2), 0.0, 0.5 * math.log(1.75), -0.5 * math.log(2))
-        torch.testing.assert_close(found, expected)
+    def test_goes_by_where_the_kl_is_heading(self):
+        kl, before = tensor(0.5, 0.38, 0.2), tensor(0.53, 0.34, 0.2)
+        found = rules.thermostat_distance(kl, before, 0.1, 0.4)
+        heading = tensor(0.5 - 6 * 0.03, 0.38 + 6 * 0.04, 0.2)
+        torch.testing.assert_close(found, (heading / self.high).log().clamp(min=0))
 
     def test_within_the_ratio_of_the_mean(self):
-        start = tensor(5.0, 0.0, 0.0, -5.0)
-        kl = tensor(0.2, 0.2, 0.2, 0.2)
-        found = rules.thermostat_step(start, kl, kl, **{**self.options, "ratio": math.e})
+        start, kl = tensor(5.0, 0.0, 0.0, -5.0), tensor(0.2, 0.2, 0.2, 0.2)
+        found, weights = rules.thermostat_step(start, kl, kl, **{**self.options, "ratio": math.e})
         torch.testing.assert_close(found, tensor(1.0, 0.0, 0.0, -1.0))
+        assert torch.equal(weights, found)
 
     def test_never_leaves_its_bounds(self):
-        weight = kl = torch.zeros(4, dtype=torch.float64)
+        integral = kl = torch.zeros(4, dtype=torch.float64)
         for _ in range(100):
-            weight = rules.thermostat_step(weight, kl, kl, **self.options)
-        torch.testing.assert_close(weight.exp(), torch.full_like(weight, 1e-4))
+            integral, weights = rules.thermostat_step(integral, kl, kl, **self.options)
+        torch.testing.assert_close(weights.exp(), torch.full_like(weights, 1e-4))
 
     def test_without_a_floor_nothing_is_dead(self):
-        options = {**self.options, "kl_min": 0.0}
-        kl = tensor(0.0, -1e-9, 0.8)
-        found = rules.thermostat_step(tensor(0.0, 0.0, 0.0), kl, kl, **options)
-        torch.testing.assert_close(found, tensor(0.0, 0.0, 0.5 * math.log(2)))
+        kl, start = tensor(0.0, -1e-9, 0.8), tensor(0.0, 0.0, 0.0)
+        found, _ = rules.thermostat_step(start, kl, kl, **{**self.options, "kl_min": 0.0})
+        torch.testing.assert_close(found, tensor(0.0, 0.0, 0.5 * math.log(0.8 / (0.2 * 2**0.25))))
 
 
 def test_scale_guard_by_hand():

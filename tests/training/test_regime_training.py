@@ -131,7 +131,7 @@ def test_the_weights_that_a_step_is_given_are_the_rules_of_what_was_measured(tmp
         "interval": 2,
         "band": BAND,
         "penalty": {"weight": 0.5, "low_weight": 2.0},
-        "thermostat": {"kl_min": 0.5, "kl_max": 0.6, "rate": 0.2},
+        "thermostat": {"kl_min": 0.5, "kl_max": 0.6, "rate": 0.2, "gain": 0.3},
     }
     trainer = trained(tmp_path, model, regime, **{**STILL, "max_steps": 4, "train_posterior_samples": 0})
     assert ["output_posteriors" in call for call in calls] == [True] * 4, "each step is logged"
@@ -141,7 +141,7 @@ def test_the_weights_that_a_step_is_given_are_the_rules_of_what_was_measured(tmp
     limits = rules.Limits(*(torch.full((24,), value) for value in (0.01, 0.04, 0.02)))
     value, slope = rules.band_penalty(statistics.mean_energy, limits, 1.0, 0.5, relative=True)
     kl = statistics.kl_per_unit
-    step = rules.thermostat_step(torch.zeros(24), kl, kl, 0.5, 0.6, 0.2, 100.0, 1.0)
+    _, step = rules.thermostat_step(torch.zeros(24), kl, kl, 0.5, 0.6, 0.2, 0.3, 100.0, 1.0)
     for weights_ in (third, fourth):
         torch.testing.assert_close(weights_.energy, slope)
         torch.testing.assert_close(weights_.kl, step.exp())

@@ -40,7 +40,7 @@ class RegimeController:
         self.means = UnitMeans(zeros, zeros, zeros)
         self.previous_kl = zeros
         self.nll = torch.zeros((), device=device)
-        self.kl_log_weight = zeros
+        self.kl_integral = self.kl_log_weight = zeros
         self.band_log_factor = torch.zeros((), device=device)
         self.autoregressive_log_weight = torch.zeros((), device=device)
         self.measurements = 0
@@ -144,10 +144,10 @@ class RegimeController:
         if thermostat is not None:
             low, high = thermostat.kl_min, thermostat.kl_max
             if step >= thermostat.warmup_steps:
-                parts = (self.units.split(one).values() for one in (self.kl_log_weight, kl, self.previous_kl))
-                options = (low, high, thermostat.rate, thermostat.ratio, thermostat.emergency_step)
+                parts = (self.units.split(one).values() for one in (self.kl_integral, kl, self.previous_kl))
+                options = (low, high, thermostat.rate, thermostat.gain, thermostat.ratio, thermostat.emergency_step)
                 layers = [rules.thermostat_step(*layer, *options) for layer in zip(*parts, strict=True)]
-                self.kl_log_weight = torch.cat(layers)
+                self.kl_integral, self.kl_log_weight = (torch.cat(part) for part in zip(*layers, strict=True))
             logged["kl_inside"] = ((kl >= low) & (kl <= high)).float().mean()
             logged["kl_log_weight"] = self.kl_log_weight.mean()
         if control is not None:
@@ -225,7 +225,7 @@ class RegimeController:
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors on the CPU."""
         state = {**self.means._asdict(), "nll": self.nll, "kl_log_weight": self.kl_log_weight}
-        state["previous_kl"] = self.previous_kl
+        state |= {"previous_kl": self.previous_kl, "kl_integral": self.kl_integral}
         state |= {
             "band_log_factor": self.band_log_factor,
             "autoregressive_log_weight": self.autoregressive_log_weight,
@@ -250,7 +250,14 @@ class RegimeController:
             )
         device = self.nll.device
         self.means = UnitMeans(*(state[name].to(device) for name in UnitMeans._fields))
-        for name in ("nll", "previous_kl", "kl_log_weight", "band_log_factor", "autoregressive_log_weight"):
+        for name in (
+            "nll",
+            "previous_kl",
+            "kl_integral",
+            "kl_log_weight",
+            "band_log_factor",
+            "autoregressive_log_weight",
+        ):
             setattr(self, name, state[name].to(device))
         self.measurements, self.step = int(state["measurements"]), int(state["step"])
         logged = [name for name in state if name.startswith(_LOGGED)]

@@ -15,8 +15,9 @@ from ...modeling.posterior import ACTIVE_KL
 JUST_INSIDE = 0.1
 # No weight of a unit's KL leaves [1 / MAX_WEIGHT, MAX_WEIGHT]: a range that cannot be reached must not drive it to 0.
 MAX_WEIGHT = 1e4
-# A KL is on its way into its range if its distance has shrunk by this share since the control step before.
-PROGRESS = 0.005
+# Of the thermostat, see `thermostat_distance`; control steps, and a share of the way.
+LEAD = 6.0
+INNER = 0.75
 
 
 class Limits(NamedTuple):
@@ -71,45 +72,55 @@ def rescaling_factor(energy: Tensor, limits: Limits, way: float, eta: Tensor | f
     return torch.where(limits.outside(energy) & (energy > 0) & energy.isfinite(), factor, 1.0)
 
 
-def distance_from_range(kl: Tensor, kl_min: float, kl_max: float) -> Tensor:
-    """Signed distance of log KL from [log kl_min, log kl_max]: log(KL / kl_max)_+ - log(kl_min / KL)_+, [units]."""
-    kl = kl.clamp(min=0)  # of a collapsed unit it is rounding around 0
-    over = (kl / kl_max).log().clamp(min=0)
-    return over - (kl_min / kl).log().clamp(min=0) if kl_min > 0 else over
+def thermostat_distance(kl: Tensor, previous_kl: Tensor, kl_min: float, kl_max: float) -> Tensor:
+    """Signed distance, in logarithm, of where the KL is heading from the inner part of its range, [units].
+
+    The heading is KL + LEAD (KL - previous KL), because an average lags and a scale goes on by an optimizer's momentum.
+    The inner part leaves out INNER of the way from each end to the middle, so that a unit is turned before it leaves.
+    """
+    # of a collapsed unit the KL is rounding around 0
+    heading = (kl + LEAD * (kl - previous_kl)).clamp(min=ACTIVE_KL)
+    middle = math.sqrt(kl_min * kl_max) if kl_min > 0 else 0.5 * kl_max
+    over = (heading / (kl_max ** (1.0 - INNER) * middle**INNER)).log().clamp(min=0)
+    if kl_min == 0:
+        return over
+    return over - (kl_min ** (1.0 - INNER) * middle**INNER / heading).log().clamp(min=0)
 
 
 def thermostat_step(
-    log_weight: Tensor,
+    integral: Tensor,
     kl: Tensor,
     previous_kl: Tensor,
     kl_min: float,
     kl_max: float,
     rate: float,
+    gain: float,
     ratio: float,
     emergency_step: float,
-) -> Tensor:
-    """The next log-weights of the units' KL, [units].
+) -> tuple[Tensor, Tensor]:
+    """A proportional-integral controller of the log-weights of the units' KL.
 
-    log w_i + rate * d_i, with d_i the distance of log KL_i from its range; log w_i - emergency_step where the unit is
-    dead and should not be; then within log(ratio) of the mean over units.
-
-    A weight waits where its KL is on its way into the range. An optimizer moves a scale by its learning rate, however
-    large the gradient, and a weight that rose all the way would have to come down all the way afterwards.
+    With d_i the `thermostat_distance`, the integral I_i moves by rate * d_i, and down by emergency_step where the unit
+    is dead and should not be; it stays within log(ratio) of its mean over units. The log-weight is I_i + gain * d_i.
+    The integral alone would overshoot: an optimizer like Adam moves a scale by its learning rate, however large the
+    gradient, and a weight that rose all the way there would have to come down all the way afterwards.
 
     Args:
-        log_weight, kl: [units].
+        integral, kl: [units].
         previous_kl: KL at the control step before, [units].
-        kl_min, kl_max, rate, ratio, emergency_step: see [`Thermostat`].
+        kl_min, kl_max, rate, gain, ratio, emergency_step: see [`Thermostat`].
+
+    Returns:
+        the next integral and the log-weights, each [units].
     """
-    distance = distance_from_range(kl, kl_min, kl_max)
-    before = distance_from_range(previous_kl, kl_min, kl_max)
-    approaches = (distance.abs() < (1.0 - PROGRESS) * before.abs()) & (distance * before > 0)
-    step = torch.where(approaches, 0.0, rate * distance)
+    distance = thermostat_distance(kl, previous_kl, kl_min, kl_max)
+    step = rate * distance
     if kl_min > 0:
         step = torch.where(kl < min(ACTIVE_KL, kl_min), -emergency_step, step)
-    moved = log_weight + step
+    moved = integral + step
     mean, reach, most = moved.mean(), math.log(ratio), math.log(MAX_WEIGHT)
-    return moved.clamp(mean - reach, mean + reach).clamp(-most, most)
+    moved = moved.clamp(mean - reach, mean + reach).clamp(-most, most)
+    return moved, (moved + gain * distance).clamp(-most, most)
 
 
 def scale_shift(

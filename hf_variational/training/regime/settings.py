@@ -165,20 +165,21 @@ class Thermostat:
     """
     A weight of the KL for each unit, beside `kl_weight`, that holds the unit's KL in [kl_min, kl_max].
 
-    Its logarithm moves by `rate` times the distance of log KL from the range, up where the KL is too large, unless the
-    KL is on its way there.
+    Its logarithm is moved by the distance of log KL from the inner part of the range, up where the KL is too large.
 
     Args:
         kl_min, kl_max: Nats per token that a unit may spend.
-        rate: Per control step.
-        ratio: The most that a unit's weight is above or below its layer's (geometric) mean.
+        rate: What the distance adds to the logarithm for good, per control step.
+        gain: What it adds as long as it lasts.
+        ratio: The most that a unit's weight (without what `gain` adds) is above or below its layer's (geometric) mean.
         emergency_step: What the logarithm goes down by where the unit is dead (KL below 1e-4).
         warmup_steps: Optimizer steps before it acts.
     """
 
     kl_min: float
     kl_max: float
-    rate: float = 0.1
+    rate: float = 1.0
+    gain: float = 10.0
     ratio: float = 100.0
     emergency_step: float = 1.0
     warmup_steps: int = 0
@@ -192,6 +193,7 @@ class Thermostat:
                 "held between them, in nats."
             )
         _number(self, "rate", 0.0, open_low=True)
+        _number(self, "gain", 0.0)
         _number(self, "ratio", 1.0, open_low=True)
         _number(self, "emergency_step", 0.0)
         _whole(self, "warmup_steps", 0)
