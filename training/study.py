@@ -9,7 +9,6 @@ done again, so a study that was stopped goes on where it was. Files are plain te
 """
 
 import argparse
-import copy
 import json
 import shutil
 import time
@@ -135,7 +134,7 @@ class Study:
         trial = arm["trials"][best]
         runs = [self.result(name, trial, best, seed) for seed in seeds]
         return {
-            "tuning": [{"trial": trial["trial"], "validation_nll": trial["validation_nll"]} for trial in trials],
+            "tuning": trials,
             "best": best,
             "runs": runs[: len(self.options.seeds)],
             "members": [run["seed"] for run in runs] if arm.get("ensembles") else None,
@@ -173,7 +172,7 @@ class Study:
                 file.parent.mkdir(exist_ok=True)
                 file.write_text(json.dumps(measured, indent=1))
             runs.append(json.loads(file.read_text()))
-        return {"tuning": copy.deepcopy(found["tuning"]), "best": found["best"], "runs": runs, "members": None}
+        return {"tuning": found["tuning"], "best": found["best"], "runs": runs, "members": None}
 
 
 def arguments() -> argparse.ArgumentParser:

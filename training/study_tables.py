@@ -186,16 +186,52 @@ def cost_table(results: dict) -> str:
     return table([*columns, "inference µs / token", "peak MiB", "training seconds"], rows)
 
 
-def tuning_table(results: dict) -> str:
+def tuning_table(results: dict, length: int) -> str:
+    """Every trial: its validation NLL, by which one is chosen, and what it does on the test text."""
     rows = []
     for name, result in results.items():
         if name == "ensemble":
             continue
         for number, trial in enumerate(result["tuning"]):
-            chosen = "chosen" if number == result["best"] else ""
-            settings = ", ".join(f"{key}: {value}" for key, value in trial["trial"].items())
-            rows.append([LABELS[name], f"`{settings}`", f"{trial['validation_nll']:.4f} (one seed)", chosen])
-    return table(["", "trial", "validation NLL", ""], rows)
+            plain = trial["rows"][""]
+            information = plain["mutual_information"]
+            shares = ["", ""]
+            if information is not None:
+                told = mean_over_domains(plain["domains"][str(length)])["mutual_information"]
+                shares = [f"{100 * information / plain['predictive_entropy']:.2f}", f"{told:.3f}"]
+            rows.append(
+                [
+                    LABELS[name],
+                    f"`{_varied(trial['trial'], result['tuning'])}`",
+                    f"{trial['validation_nll']:.4f}" + (", chosen" if number == result["best"] else ""),
+                    f"{plain['nll']:.4f}",
+                    f"{plain['ece']:.4f}",
+                    *shares,
+                ]
+            )
+    columns = ["", "trial", "validation NLL", "test NLL", "ECE", "mutual information, % of the entropy"]
+    return table([*columns, f"its AUROC, other texts, {length} tokens"], rows)
+
+
+def _varied(trial: dict, trials: list[dict]) -> str:
+    """What the trials of an arm do not have in common, or if there is one trial all of it."""
+    flat = [_flat(other["trial"]) for other in trials]
+    own = {
+        key: value
+        for key, value in _flat(trial).items()
+        if len(flat) == 1 or any(one.get(key) != value for one in flat)
+    }
+    return ", ".join(f"{key}: {value}" for key, value in own.items())
+
+
+def _flat(trial: dict) -> dict:
+    found = {}
+    for key, value in trial.items():
+        name = key.rpartition(".")[2]
+        found |= (
+            {f"{name}.{inner}": each for inner, each in value.items()} if isinstance(value, dict) else {name: value}
+        )
+    return found
 
 
 def markdown(results: dict, options, texts) -> str:
@@ -221,8 +257,8 @@ def markdown(results: dict, options, texts) -> str:
         domain_table(results, options.lengths[0]),
         "### Cost",
         cost_table(results),
-        "### Tuning",
-        tuning_table(results),
+        "### Tuning, one seed",
+        tuning_table(results, options.lengths[0]),
         "### Conditions",
         "\n".join(f"- {condition}" for condition in conditions),
     ]
