@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -50,6 +51,7 @@ class TrialRuns:
         self.content, self.space, self.folder, self.costs = content, space, folder, costs
         self._scratch = folder / "running"
         self._data: dict[str, RunData] = {}
+        self._made: tuple[dict, VariationalTrainingArguments] | None = None
 
     def recipe(self, values: Mapping[str, Any], seed: int | None = None) -> Recipe:
         """The recipe of a trial, with its own seed or another."""
@@ -57,7 +59,14 @@ class TrialRuns:
         return recipe_with(self.content, {**values, **own})
 
     def arguments(self, recipe: Recipe) -> VariationalTrainingArguments:
-        return VariationalTrainingArguments(**{**recipe.arguments, **_OF_A_TRIAL, "output_dir": str(self._scratch)})
+        """
+        The arguments of a recipe's trial. Making them resets accelerate's state, which a trainer that is there already
+        still needs; asked for the recipe that was asked for last, they are a copy.
+        """
+        given = {**recipe.arguments, **_OF_A_TRIAL, "output_dir": str(self._scratch)}
+        if self._made is None or self._made[0] != given:
+            self._made = copy.deepcopy(given), VariationalTrainingArguments(**given)
+        return copy.copy(self._made[1])
 
     def data(self, recipe: Recipe) -> RunData:
         """

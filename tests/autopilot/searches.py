@@ -10,6 +10,7 @@ from hf_variational.autopilot import search
 TEXT = "the cat sat on the mat. the dog sat on the log. " * 24
 ARGUMENTS = {
     "output_dir": "unused",
+    "seed": 0,
     "max_steps": 6,
     "per_device_train_batch_size": 4,
     "per_device_eval_batch_size": 16,

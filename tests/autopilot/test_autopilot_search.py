@@ -154,12 +154,12 @@ def test_a_gate_that_no_trial_passes(tmp_path):
 
 
 def test_a_gate_on_the_regime(tmp_path):
-    space = {"arguments.regime.band.target": {"choices": [1e-4, 1e4]}, "gates": {"eval_regime_inside": {"min": 0.5}}}
-    band = {"low_factor": 1e-3, "high_factor": 1e6, "target": 1.0}
+    space = {"arguments.regime.band.target": {"choices": [1e-3, 1e12]}, "gates": {"eval_regime_inside": {"min": 0.5}}}
+    band = {"low_factor": 1e-11, "high_factor": 1e6, "target": 1.0}
     outcome = run(tmp_path, space, trials=3, arguments={"regime": {"band": band}})
     inside = {row.values["arguments.regime.band.target"]: row.metrics["eval_regime_inside"] for row in outcome.rows}
-    assert inside == {1e-4: 1.0, 1e4: 0.0}
-    assert outcome.best.row.values["arguments.regime.band.target"] == 1e-4
+    assert inside == {1e-3: 1.0, 1e12: 0.0}
+    assert outcome.best.row.values["arguments.regime.band.target"] == 1e-3
 
 
 def test_a_gate_on_what_is_not_measured(tmp_path):
