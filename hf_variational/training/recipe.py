@@ -287,6 +287,7 @@ def _check_nested(name: str, value, cls, what: str, where: str) -> None:
 
 def _check_arguments(arguments: dict, where: str) -> None:
     from .arguments import VariationalTrainingArguments
+    from .regime.settings import RegimeControl
 
     fields = {f.name: f for f in dataclasses.fields(VariationalTrainingArguments) if f.init}
     refuse_unknown(arguments, fields, where)
@@ -294,6 +295,11 @@ def _check_arguments(arguments: dict, where: str) -> None:
         raise ValueError(f"{where} has no `output_dir`: name the folder the run is written to.")
     for name, value in arguments.items():
         _check_type(name, value, fields[name].type, where)
+    if isinstance(arguments.get("regime"), Mapping):
+        try:
+            RegimeControl.of(arguments["regime"])
+        except ValueError as error:
+            raise ValueError(f"{where} `regime`: {error}") from error
 
 
 def _check_type(name: str, value, annotation, where: str) -> None:

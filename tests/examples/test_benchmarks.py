@@ -26,6 +26,13 @@ def test_times(load, script, baseline, capsys):
         assert all(row["accelerator"] is None for row in rows.values())
 
 
+def test_the_cost_of_regime_control(load, capsys):
+    rows = load("regime_control").main(["--tiny", "--rounds", "1"])["rows"]
+    assert {"baseline", "homeostasis", "all of it", "all of it, a control step"} <= set(rows)
+    assert all(row["cpu"]["wall_ratio"] > 0 for row in rows.values())
+    assert "interval: 10 steps" in capsys.readouterr().out
+
+
 def test_the_time_of_a_report(load, capsys):
     rows = load("evaluation_time").main(["--tiny", "--rounds", "1"])["rows"]
     assert list(rows) == ["baseline", "one pass of 8 samples", "evaluate_model", "evaluate_model, internal=False"]

@@ -412,6 +412,21 @@ def test_arguments_take_and_give_a_dictionary(tmp_path):
         make_arguments(tmp_path, regime={"thermo": {}})
 
 
+def test_a_recipe_has_it_too_and_names_a_wrong_key():
+    from hf_variational.training import Recipe
+    from hf_variational.training.recipe import recipe_from_dict
+
+    content = {"data": {"train": "text"}, "arguments": {"output_dir": "out", "regime": {"band": {"target": 0.5}}}}
+    recipe = recipe_from_dict(content)
+    assert isinstance(recipe, Recipe) and recipe.arguments["regime"] == {"band": {"target": 0.5}}
+    content["arguments"]["regime"]["band"]["target"] = -1.0
+    with pytest.raises(ValueError, match=r"section `arguments`, `regime`: target=-1.0"):
+        recipe_from_dict(content)
+    content["arguments"]["regime"] = {"bands": {}}
+    with pytest.raises(ValueError, match=r"unknown key 'bands': did you mean 'band'"):
+        recipe_from_dict(content)
+
+
 def test_noise_is_not_touched(tmp_path):
     """Control draws nothing: with nothing out of the band a run ends in the bits of one without."""
     wide = {"target": 1.0, "low_factor": 0.0, "high_factor": 1e6}

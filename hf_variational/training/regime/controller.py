@@ -16,6 +16,8 @@ from .settings import RegimeControl
 logger = logging.get_logger(__name__)
 
 _LOGGED = "logged."
+# Of the state, beside the averages.
+_STATE = ("nll", "previous_kl", "kl_integral", "kl_log_weight", "band_log_factor", "autoregressive_log_weight")
 
 
 class RegimeController:
@@ -224,14 +226,8 @@ class RegimeController:
 
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors on the CPU."""
-        state = {**self.means._asdict(), "nll": self.nll, "kl_log_weight": self.kl_log_weight}
-        state |= {"previous_kl": self.previous_kl, "kl_integral": self.kl_integral}
-        state |= {
-            "band_log_factor": self.band_log_factor,
-            "autoregressive_log_weight": self.autoregressive_log_weight,
-            "measurements": torch.tensor(self.measurements),
-            "step": torch.tensor(self.step),
-        }
+        state = {**self.means._asdict(), **{name: getattr(self, name) for name in _STATE}}
+        state |= {"measurements": torch.tensor(self.measurements), "step": torch.tensor(self.step)}
         state |= {f"{_LOGGED}{name}": value for name, value in self._logged.items()}
         # copies, for a file has no room for two names of one tensor
         return {name: value.detach().cpu().clone() for name, value in state.items()}
@@ -250,14 +246,7 @@ class RegimeController:
             )
         device = self.nll.device
         self.means = UnitMeans(*(state[name].to(device) for name in UnitMeans._fields))
-        for name in (
-            "nll",
-            "previous_kl",
-            "kl_integral",
-            "kl_log_weight",
-            "band_log_factor",
-            "autoregressive_log_weight",
-        ):
+        for name in _STATE:
             setattr(self, name, state[name].to(device))
         self.measurements, self.step = int(state["measurements"]), int(state["step"])
         logged = [name for name in state if name.startswith(_LOGGED)]

@@ -75,7 +75,7 @@ def rescaling_factor(energy: Tensor, limits: Limits, way: float, eta: Tensor | f
 def thermostat_distance(kl: Tensor, previous_kl: Tensor, kl_min: float, kl_max: float) -> Tensor:
     """Signed distance, in logarithm, of where the KL is heading from the inner part of its range, [units].
 
-    The heading is KL + LEAD (KL - previous KL), because an average lags and a scale goes on by an optimizer's momentum.
+    The heading is KL + LEAD (KL - previous KL): an average lags, and a scale goes on by an optimizer's momentum.
     The inner part leaves out INNER of the way from each end to the middle, so that a unit is turned before it leaves.
     """
     # of a collapsed unit the KL is rounding around 0
