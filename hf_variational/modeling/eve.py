@@ -18,8 +18,10 @@ from .posterior import (
     unit_statistics,
     weights_of,
 )
-from .predictive import BLOCK_ELEMENTS
 from .sample_axis import SampleAxis, repeat_rows
+
+# Of one temporary of the statistics: 1 MiB in float32.
+_STATISTICS_ELEMENTS = 2**18
 
 
 class EVE(nn.Module):
@@ -195,21 +197,27 @@ class EVE(nn.Module):
 
     @torch.no_grad()
     def _statistics(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> dict[str, Tensor]:
-        """`unit_statistics` of a few rows at a time, whose temporaries stay in a core's cache."""
-        rows, weights = mean.shape[0], axis.weights(*mean.shape[:2], mean.device)
-        step = max(1, BLOCK_ELEMENTS // max(1, mean.shape[1:].numel()))
+        """`unit_statistics`, on the CPU of a few tokens at a time, whose temporaries stay in a core's cache."""
+        weights = axis.weights(*mean.shape[:2], mean.device)
+        total = weights.sum()
         if self.config.prior == "autoregressive" or mean.device.type != "cpu" or torch.compiler.is_compiling():
-            step = rows
-        parts = []
-        for start in range(0, rows, step):
-            here = slice(start, start + step)
-            some = mean[here]
-            wide = log_scale[here] if log_scale.ndim >= some.ndim and log_scale.shape[0] == rows else log_scale
-            wide = wide.clamp(self.config.log_scale_min, self.config.log_scale_max)
-            kl = self.elementwise_kl(some, wide, axis)
-            scales = wide.expand(*some.shape[:2], *self.width)
-            parts.append(unit_statistics(kl, scales, some.to(kl.dtype), weights[here], weights.sum()))
-        return join_statistics(parts)
+            return self._statistics_of(mean, log_scale, weights, total, axis)
+        # But for the autoregressive prior no token's statistics know of another's: each is a row of length 1.
+        shape = mean.shape[:2]
+        size = max(1, _STATISTICS_ELEMENTS // math.prod(self.width))
+        means = mean.flatten(0, 1).unsqueeze(1).split(size)
+        scales = [log_scale] * len(means)
+        if log_scale.ndim > len(self.width):
+            scales = log_scale.flatten(0, 1).unsqueeze(1).split(size)
+        columns = zip(means, scales, weights.reshape(-1, 1).split(size), strict=True)
+        joined = join_statistics([self._statistics_of(*column, total, axis) for column in columns])
+        return {name: value.view(shape) if name.endswith("_per_token") else value for name, value in joined.items()}
+
+    def _statistics_of(self, mean, log_scale, weights, total, axis) -> dict[str, Tensor]:
+        log_scale = log_scale.clamp(self.config.log_scale_min, self.config.log_scale_max)
+        kl = self.elementwise_kl(mean, log_scale, axis)
+        scales = log_scale.expand(*mean.shape[:2], *self.width)
+        return unit_statistics(kl, scales, mean.to(kl.dtype), weights, total)
 
     def elementwise_kl(self, mean: Tensor, log_scale: Tensor, axis: SampleAxis) -> Tensor:
         """The KL of each latent dimension of each token, [..., *width]; `mean` is [..., *width], or has one entry for
