@@ -22,7 +22,6 @@ LABELS = {
     "eve_linear_standard": "EVE, linear mean, standard prior",
     "eve_linear_centered": "EVE, linear mean, centered prior",
     "eve_no_kl": "EVE, identity mean, KL weight 0",
-    "eve_fixed_scale": "EVE, identity mean, fixed scale",
     "gaussian_attention": "Gaussian attention",
     "dirichlet_attention": "Dirichlet attention",
     "eve_dirichlet": "EVE and Dirichlet attention",
