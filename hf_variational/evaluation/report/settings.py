@@ -45,7 +45,7 @@ class EvaluationSettings:
         num_resamples: of the documents, for the intervals.
         max_corrupted: sequences whose context is corrupted.
         internal: whether to add the statistics of the posteriors (KL, scale, mean energy), which with all layers
-            variational take a sixth of a pass.
+            variational take a tenth of a pass.
     """
 
     batch_size: int = 8
