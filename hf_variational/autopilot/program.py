@@ -106,6 +106,7 @@ def search(
             storage = storage_of(folder)
             study = open_study(storage, objective)
             runs = TrialRuns(content, found, folder, costs=objective == "pareto")
+            runs.clear()  # what a call that was killed has left
             clock = _Clock(budget, study.user_attrs.get("seconds", 0.0))
             interrupted = False
             try:

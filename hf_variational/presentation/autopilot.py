@@ -50,9 +50,10 @@ def notes_of(outcome: SearchOutcome) -> list[str]:
                 f"the second's NLL is {format_value(mean)} ± {format_value(width)} higher (95 %, paired)."
             )
     if len(complete) < _FEW * len(outcome.space.dimensions):
+        worth = "say next to nothing" if len(complete) < _FEW else "are rough"
         notes.append(
             f"{len(complete)} trials were trained to their end, for {len(outcome.space.dimensions)} keys: the "
-            "importances are rough, and trials that were pruned are not in them."
+            f"importances {worth}, and trials that were pruned are not in them."
         )
     if outcome.interrupted:
         notes.append(f"{outcome.interrupted} trials were interrupted and repeated.")

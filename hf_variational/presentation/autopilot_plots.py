@@ -163,7 +163,7 @@ def importance(outcome: SearchOutcome) -> Figure | None:
     order = sorted(range(len(keys)), key=lambda place: first[place])
     longest = max(map(len, keys))
     figure, panels = grid_of(
-        len(shares), 3, 0.07 * longest + (6.0 if len(shares) == 1 else 3.2), 0.42 * len(keys) + 1.1
+        len(shares), 3, 0.07 * longest + (6.0 if len(shares) == 1 else 3.2), 0.42 * len(keys) + 1.6
     )
     for axes, (metric, found) in zip(panels, shares.items(), strict=True):
         axes.barh([keys[place] for place in order], [found[place] for place in order], color=colour_of(0), height=0.6)

@@ -89,4 +89,4 @@ def test_the_page_works_offline_and_has_every_trial(tmp_path):
     assert {file.stem for file in (tmp_path / "found" / "plots").glob("*.png")} == drawn
     assert all(heading in page for name, heading, _, _ in FIGURES if name in drawn)
     notes = " ".join(notes_of(outcome))
-    assert "the importances are rough" in notes and re.search(r"can(not)? be told from trial", notes)
+    assert "the importances say next to nothing" in notes and re.search(r"can(not)? be told from trial", notes)
