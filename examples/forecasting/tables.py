@@ -77,9 +77,10 @@ def cell(values: list[float], digits: int = 3, spread: bool = True) -> str:
 
 def change(first: list[float], second: list[float]) -> str:
     """By how much the first is above the second, per cent of the second, with the interval over pairs of seeds."""
-    if not first or len(first) != len(second):
+    # seeds are run in order, so what one has more than the other is at its end
+    ratio = [100.0 * (a / b - 1.0) for a, b in zip(first, second, strict=False)]
+    if not ratio:
         return "–"
-    ratio = [100.0 * (a / b - 1.0) for a, b in zip(first, second, strict=True)]
     estimate = paired_difference(ratio, [0.0] * len(ratio))
     if estimate.interval is None:
         return f"{estimate.mean:+.1f} %{ONE_SEED}"
@@ -191,7 +192,8 @@ def varied_table(finished: Finished, head: str, runs: list[tuple[str, Run]]) -> 
 
 
 def width_table(finished: Finished) -> str:
-    return varied_table(finished, "k", [(str(k), Run("ETTh1", steps=100, latent_dim=k)) for k in (1, 2, 4, 8, 16)])
+    runs = [run for run in finished.groups()["width"] if run.seed == 0]
+    return varied_table(finished, "k", [(str(run.latent_dim), run) for run in runs])
 
 
 def prior_table(finished: Finished) -> str:
