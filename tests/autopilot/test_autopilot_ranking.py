@@ -109,7 +109,7 @@ def test_a_front_of_likelihood_calibration_and_cost(tmp_path):
     outcome = run(tmp_path, space, trials=5, objective="pareto", arguments={"eval_strategy": "no"})
     assert {one.state for one in outcome.rows} == {"complete"}, "Optuna prunes no search for a front"
     cost = {len(one.values["model.variational_layers"]): one.metrics[COST] for one in outcome.rows}
-    assert set(cost) == {1, 2} and cost[2] > 1.2 * cost[1], "below the split the samples share their work"
+    assert set(cost) == {1, 2} and cost[2] > 1.1 * cost[1], "below the split the samples share their work"
     assert outcome.front == [one.number for one in front_of(outcome.rows)]
     assert outcome.best.row.nll == min(one.nll for one in outcome.rows)
     written = sorted((tmp_path / "found" / "front").glob("*.yaml"))

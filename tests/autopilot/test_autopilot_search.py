@@ -53,7 +53,7 @@ def interrupt(monkeypatch, trial, step):
 
 
 def test_halving_keeps_the_better_of_two_known_recipes(tmp_path):
-    outcome = run(tmp_path, TWO, trials=5)
+    outcome = run(tmp_path, TWO, trials=9)
     good = [row for row in outcome.rows if row.values[RATE] == 2e-2]
     bad = [row for row in outcome.rows if row.values[RATE] == 1e-6]
     assert good and len(bad) > 1

@@ -1,6 +1,7 @@
 """The benchmark of adaptive sampling runs at toy size and says what it promises to say."""
 
 import pytest
+import torch
 
 from hf_variational import EVEConfig, VariationalGPTConfig, VariationalGPTForCausalLM
 from hf_variational.training.data import load_text, train_tokenizer
@@ -17,10 +18,19 @@ def test_adaptive_sampling(load, tmp_path, capsys):
         pad_token_id=tokenizer.pad_token_id,
         eve=EVEConfig(initial_scale=0.3),
     )
-    VariationalGPTForCausalLM(config).save_pretrained(tmp_path)
+    sentence = "The with statement is used to wrap the execution of a block. "
+    torch.manual_seed(0)
+    model = VariationalGPTForCausalLM(config)
+    ids = tokenizer(sentence * 4, return_tensors="pt")["input_ids"]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(15):  # until some tokens are right and some wrong: a controller learns from both
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     text = tmp_path / "text.txt"
-    text.write_text("The with statement is used to wrap the execution of a block. " * 60)
+    text.write_text(sentence * 60)
     sizes = {"windows": 8, "length": 16, "prompts": 2, "new-tokens": 4, "resamples": 3, "reversals": 0.05}
     options = [part for name, value in sizes.items() for part in (f"--{name}", str(value))]
     result = load("adaptive_sampling").main([str(tmp_path), "--text", str(text), "--coverage", "1", *options])

@@ -29,6 +29,7 @@ UNUSUAL = {
     "prior": "autoregressive",
     "prior_scale": 0.7,
     "autoregressive_coefficient": 0.4,
+    "learn_autoregressive_coefficient": True,
     "initial_scale": 0.03,
     "log_scale_min": -7.5,
     "log_scale_max": 1.5,
@@ -40,6 +41,8 @@ def unusual_eve(name: str) -> EVEConfig:
     values = {name: UNUSUAL[name]}
     if name == "scale":
         values["scale_rank"] = None
+    if name == "learn_autoregressive_coefficient":
+        values["prior"] = "autoregressive"
     return EVEConfig(**values)
 
 
