@@ -343,7 +343,7 @@ class RegimeControl:
     autoregressive: AutoregressiveControl | None = None
     min_inside: float | None = None
     interval: int = 10
-    decay: float = 0.8
+    decay: float = 0.5
 
     def __post_init__(self):
         for name, cls in _PARTS.items():
