@@ -182,7 +182,8 @@ def slices(outcome: SearchOutcome) -> Figure | None:
     if not rows:
         return None
     dimensions = outcome.space.dimensions
-    figure, panels = grid_of(len(dimensions), 3, 3.6, 3.0)
+    # the legend is beside the panels, however few there are
+    figure, panels = grid_of(len(dimensions), 3, 3.6 if len(dimensions) > 1 else 6.4, 3.0)
     for place, (axes, dimension) in enumerate(zip(panels, dimensions, strict=True)):
         if isinstance(dimension, Choices):
             labels = [label if len(label) <= 14 else f"{label[:13]}…" for label in dimension.labels]

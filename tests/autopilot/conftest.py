@@ -1,7 +1,17 @@
+import gc
 import signal
 
 import pytest
 import torch
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_collections():
+    """A trial collects garbage several times, and each time would look through every module that is imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
