@@ -106,10 +106,11 @@ def test_further_seeds_are_runs_of_the_recipe_with_that_seed(tmp_path, monkeypat
 
 def test_a_front_of_likelihood_calibration_and_cost(tmp_path):
     space = {"model.variational_layers": {"choices": [[1], [0, 1]]}, RATE: {"low": 1e-3, "high": 2e-2, "log": True}}
-    outcome = run(tmp_path, space, trials=5, objective="pareto", arguments={"eval_strategy": "no"})
+    more = {"eval_posterior_samples": 8}  # of two samples little is shared
+    outcome = run(tmp_path, space, trials=5, objective="pareto", arguments={"eval_strategy": "no", **more})
     assert {one.state for one in outcome.rows} == {"complete"}, "Optuna prunes no search for a front"
     cost = {len(one.values["model.variational_layers"]): one.metrics[COST] for one in outcome.rows}
-    assert set(cost) == {1, 2} and cost[2] > 1.1 * cost[1], "below the split the samples share their work"
+    assert set(cost) == {1, 2} and cost[2] > 1.2 * cost[1], "below the split the samples share their work"
     assert outcome.front == [one.number for one in front_of(outcome.rows)]
     assert outcome.best.row.nll == min(one.nll for one in outcome.rows)
     written = sorted((tmp_path / "found" / "front").glob("*.yaml"))

@@ -60,10 +60,8 @@ def test_homeostasis_brings_the_units_into_their_band_and_costs_no_loss(tmp_path
     with_it = trained(tmp_path / "with", started(start), {"band": BAND, "homeostasis": {}})
     first = next(entry for entry in with_it.state.log_history if "regime/inside" in entry)
     assert first["step"] == 50 and first["regime/inside"] < 0.95, "the start is a bad one"
-    last = [entry["regime/inside"] for entry in with_it.state.log_history if "regime/inside" in entry][-1]
     before, after = without.evaluate(), with_it.evaluate()
-    # On other rows than those it is steered by, a unit near an end of its band can be out: 3 of 48 at most.
-    assert last >= 0.95 and after["eval_regime_inside"] > 0.92 and before["eval_regime_inside"] < 0.8
+    assert after["eval_regime_inside"] >= 0.95 and before["eval_regime_inside"] < 0.8
     assert after["eval_nll"] <= 1.02 * before["eval_nll"]
     assert after["eval_mean_pass_nll"] <= 1.02 * before["eval_mean_pass_nll"]
 
