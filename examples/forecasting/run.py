@@ -7,11 +7,12 @@ from the repository's root. It may be stopped at any time: each finished run is 
 
 import argparse
 import json
-import os
 import platform
 from pathlib import Path
 
 import torch
+
+from hf_variational.files import write_whole
 
 from .data import load
 from .experiments import execute, groups
@@ -85,9 +86,7 @@ def read_results(out: Path) -> dict[str, dict]:
 def write_results(out: Path, results: dict[str, dict]) -> None:
     """One run a line, written whole or not at all."""
     lines = ",\n".join(f"{json.dumps(key)}: {json.dumps(results[key], separators=(',', ':'))}" for key in results)
-    partial = out / "runs.json.partial"
-    partial.write_text("{\n" + lines + "\n}\n")
-    os.replace(partial, out / "runs.json")
+    write_whole(out / "runs.json", "{\n" + lines + "\n}\n")
 
 
 if __name__ == "__main__":

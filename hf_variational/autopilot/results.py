@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
-import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from ..files import plain, write_whole
 from ..presentation.autopilot import write_search_report
 from ..training.recipe import set_value
 from .objective import NLL
@@ -40,15 +39,18 @@ def write_results(outcome: SearchOutcome, folder: Path, content: Mapping) -> Non
     """
     best = outcome.best
     text = None if best is None else recipe_text(content, best.row, folder / "best")
-    _write(folder / BEST, text)
+    if text is None:
+        (folder / BEST).unlink(missing_ok=True)
+    else:
+        write_whole(folder / BEST, text)
     for file in (folder / _FRONT).glob("trial-*.yaml"):
         file.unlink()
     rows = {row.number: row for row in outcome.rows}
     for number in outcome.front:
         (folder / _FRONT).mkdir(exist_ok=True)
         name = f"trial-{number}"
-        _write(folder / _FRONT / f"{name}.yaml", recipe_text(content, rows[number], folder / _FRONT / name))
-    _write(folder / RESULTS, json.dumps(_plain(_results(outcome)), indent=1, ensure_ascii=False) + "\n")
+        write_whole(folder / _FRONT / f"{name}.yaml", recipe_text(content, rows[number], folder / _FRONT / name))
+    write_whole(folder / RESULTS, json.dumps(plain(_results(outcome)), indent=1, ensure_ascii=False) + "\n")
     write_search_report(outcome, folder, text)
 
 
@@ -77,21 +79,3 @@ def _finalist(finalist: Finalist) -> dict[str, Any]:
         "violations": finalist.violations,
         "runs": finalist.runs,
     }
-
-
-def _write(file: Path, text: str | None) -> None:
-    if text is None:
-        file.unlink(missing_ok=True)
-        return
-    part = file.with_name(file.name + ".part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, file)
-
-
-def _plain(value):
-    """JSON has no number that is not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from pathlib import Path
 
 import optuna
 from optuna.trial import TrialState
 
+from ..files import write_whole
 from .dimensions import Space
 from .objective import PARETO
 from .outcome import TrialRow
@@ -57,9 +57,7 @@ def check_same(folder: Path, description: dict) -> None:
         raise FileExistsError(
             f"The output folder {folder} is not empty, and no search is in it: name another --output."
         )
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_whole(file, json.dumps(description, indent=1) + "\n")
 
 
 def _flat(value, prefix: str = "") -> dict[str, object]:

@@ -1,11 +1,11 @@
 """What `diagnose` returns: the units and heads of every layer in numbers, as text, as JSON."""
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..files import write_whole
 from .layers import HeadDiagnostics, LayerDiagnostics
 from .text import columns_of, shown
 
@@ -132,11 +132,7 @@ class Diagnostics:
 
     def save(self, path: str | Path) -> Path:
         """Writes a JSON file, whole or not at all."""
-        path = Path(path)
-        part = path.with_name(f"{path.name}.part")
-        part.write_text(json.dumps(self.to_dict(), ensure_ascii=False) + "\n", encoding="utf-8")
-        os.replace(part, path)
-        return path
+        return write_whole(path, json.dumps(self.to_dict(), ensure_ascii=False) + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Diagnostics":

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from datetime import timedelta
 from pathlib import Path
 
 from ..autopilot.outcome import SearchOutcome, paired_difference
+from ..files import write_whole
 from .autopilot_plots import FIGURES
 from .autopilot_tables import last_rung_table, trials_table
 from .figures import svg_of
@@ -99,7 +99,4 @@ def write_search_report(outcome: SearchOutcome, folder: str | Path, recipe: str 
             versions=facts["versions"],
         )
     )
-    part = folder / f"{PAGE}.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, folder / PAGE)
-    return folder / PAGE
+    return write_whole(folder / PAGE, page)

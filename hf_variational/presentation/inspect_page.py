@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -15,6 +14,7 @@ from ..diagnostics import Diagnostics, Drift
 from ..diagnostics.diagnostics import COLUMNS, HEAD_COLUMNS, SHARES, listed
 from ..diagnostics.drift import LABELS, UNIT_QUANTITIES
 from ..diagnostics.text import shown
+from ..files import write_whole
 from ..version import __version__
 from .figures import svg_of
 from .html import template_environment
@@ -83,11 +83,7 @@ def render_inspection(diagnostics: Diagnostics, drift: Drift | None = None) -> s
 
 def write_inspection(path: str | Path, diagnostics: Diagnostics, drift: Drift | None = None) -> Path:
     """Writes the page, whole or not at all."""
-    path = Path(path)
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(render_inspection(diagnostics, drift), encoding="utf-8")
-    os.replace(part, path)
-    return path
+    return write_whole(path, render_inspection(diagnostics, drift))
 
 
 def _section(heading: str, tables: list[ReportTable], name: str = "", text: str = "", figure=None) -> dict:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 from matplotlib.figure import Figure
 
 from ..evaluation.report import EvaluationReport
+from ..files import write_whole
 from .figures import svg_of
 from .html import template_environment
 from .report_plots import FIGURES
@@ -58,9 +58,7 @@ def write_report(report: EvaluationReport, folder: str | Path) -> Path:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     figures = _figures(report)
-    part = folder / f"{PAGE}.part"
-    part.write_text(render_report(report, figures), encoding="utf-8")
-    os.replace(part, folder / PAGE)
+    write_whole(folder / PAGE, render_report(report, figures))
     for name, _, _, _ in FIGURES:
         file = folder / f"{name}.png"
         if name in figures:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from pathlib import Path
+
+from ..files import plain, write_whole
 
 __all__ = ["RESULTS", "TRAINING", "check", "clear", "prepare", "write_results"]
 
@@ -57,16 +58,4 @@ def clear(output: Path) -> None:
 
 def write_results(output: Path, results: dict) -> None:
     """Writes what is known so far, whole or not at all."""
-    file = output / RESULTS
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(_plain(results), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, file)
-
-
-def _plain(value):
-    """JSON has no number that is not finite."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    write_whole(output / RESULTS, json.dumps(plain(results), indent=1, ensure_ascii=False) + "\n")

@@ -9,6 +9,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedModel, default_data_collator, set_seed
 from transformers.utils import logging
 
+from ..files import write_whole
 from ..modeling import VariationalGPTConfig, VariationalGPTForCausalLM
 from ..modeling.saving import write_card
 from .arguments import VariationalTrainingArguments
@@ -297,9 +298,7 @@ def _check_same_recipe(file: Path, recipe: Recipe) -> None:
 
 
 def _write_json(file: Path, content: dict) -> None:
-    part = file.with_name(file.name + ".part")
-    part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(part, file)
+    write_whole(file, json.dumps(content, indent=2) + "\n")
 
 
 # ---- Tokenizer and data ----

@@ -2,12 +2,12 @@
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ...files import plain, write_whole
 from .metadata import model_index
 
 REPORT, METADATA = "report.json", "model-index.yaml"
@@ -78,7 +78,7 @@ class EvaluationReport:
 
     def to_dict(self) -> dict:
         """Plain values; what is not a finite number is `None`, for JSON has none."""
-        return {"format": FORMAT, **_plain(asdict(self))}
+        return {"format": FORMAT, **plain(asdict(self))}
 
     def to_json(self) -> str:
         """The same as JSON."""
@@ -150,19 +150,9 @@ class EvaluationReport:
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         for name, text in ((REPORT, self.to_json()), (METADATA, self.model_index())):
-            part = folder / f"{name}.part"
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, folder / name)
+            write_whole(folder / name, text)
         return folder
 
 
 def _shown(value: float | None) -> str:
     return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
-
-
-def _plain(value):
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
