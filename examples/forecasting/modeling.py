@@ -285,11 +285,8 @@ class EVEForecaster(PreTrainedModel):
         if not self.variational_layers:
             return {"loss": nll, "nll": nll, "kl": torch.zeros_like(nll)}
         spent = posterior_penalties(tuple(tape), scored, free_bits)
-        loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * spent.charged_kl
-        if spent.reconstruction is not None:
-            loss = loss + self.config.eve.reconstruction_weight * spent.reconstruction
-        if spent.energy is not None:
-            loss = loss + spent.energy
+        weight = self.config.kl_weight if kl_weight is None else kl_weight
+        loss = spent.added_to(nll, weight, self.config.eve)
         parts = {"kl": spent.kl, "kl_per_layer": spent.kl_per_layer, "reconstruction": spent.reconstruction}
         return {"loss": loss, "nll": nll, **parts}
 

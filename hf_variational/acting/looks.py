@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..evaluation.batches import check_whole
-from ..evaluation.calibration import brier
-from ..evaluation.predictions import check_numbers, each_batch, internal_statistics, target_positions
+from ..checks import check_whole
+from ..evaluation.predictions import check_numbers, each_batch, internal_statistics, rows_of, target_positions
 from ..evaluation.streaming import IGNORED_LABEL
-from ..evaluation.token_scores import TokenScores
+from ..evaluation.token_scores import TokenScores, distribution_scores
 from ..modeling.predictive import BLOCK_ELEMENTS, log_mean_exp
 from .corrections import corrected_measures
 from .noise import numbered_noise
@@ -92,7 +91,7 @@ def draw_looks(
             samples = range(drawn, size)
             with numbered_noise(pending.cpu() + first, torch.arange(drawn, size)):
                 out = model(
-                    **_rows_of(batch, pending, targets.shape[0]),
+                    **rows_of(batch, pending, targets.shape[0]),
                     num_posterior_samples=len(samples),
                     output_sample_logits=True,
                     use_cache=False,
@@ -163,15 +162,7 @@ def _of_predictive(log_p: Tensor, targets: Tensor) -> dict[str, Tensor]:
     blocks = []
     for block, target in zip(log_p.split(step), targets.split(step), strict=True):
         log_mean = log_mean_exp(block, 1)
-        largest, predicted = log_mean.max(-1)
-        blocks.append(
-            {
-                "one_minus_confidence": -torch.expm1(largest),
-                "nll": -log_mean.gather(-1, target[:, None]).squeeze(-1),
-                "brier": brier(log_mean.exp(), target),
-                "correct": predicted == target,
-            }
-        )
+        blocks.append(distribution_scores(log_mean, log_mean.exp(), target))
     return {name: torch.cat([block[name] for block in blocks]) for name in blocks[0]}
 
 
@@ -180,7 +171,3 @@ def _lengths(batch: dict[str, Tensor], targets: Tensor) -> Tensor:
     if mask is not None and mask.ndim == 2:
         return mask.ne(0).sum(1)
     return torch.full((targets.shape[0],), targets.shape[1], device=targets.device)
-
-
-def _rows_of(batch: dict[str, Tensor], rows: Tensor, size: int) -> dict[str, Tensor]:
-    return {name: value[rows] if value.shape[0] == size else value for name, value in batch.items()}

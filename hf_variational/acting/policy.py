@@ -8,7 +8,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..evaluation.batches import check_whole
+from ..checks import check_whole
 
 SCHEDULE = (2, 8, 32)
 

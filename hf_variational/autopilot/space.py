@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_whole
 from ..training.naming import refuse_unknown
 from ..training.recipe import Recipe, read_yaml, recipe_from_dict, set_value
 from .dimensions import Choices, Gate, Halving, Range, Space
@@ -176,7 +177,5 @@ def _halving(spec: Any, where: str) -> Halving:
         raise ValueError(f"{where} is {spec!r}: write {{min_steps: 100, factor: 3}}.")
     refuse_unknown(spec, ("min_steps", "factor"), where)
     for name, least in (("min_steps", 1), ("factor", 2)):
-        value = spec.get(name, least)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{where}: `{name}` is a whole number of at least {least}, got {value!r}.")
+        check_whole(name, spec.get(name, least), least, where=f"{where}: ")
     return Halving(**spec)

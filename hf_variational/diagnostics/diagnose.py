@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ..evaluation.batches import check_whole
+from ..checks import check_whole
 from ..evaluation.predictions import each_batch
 from ..evaluation.streaming import IGNORED_LABEL
 from ..modeling.posterior import UnitWeights, check_unit_weights, weights_of

@@ -10,11 +10,6 @@ from torch.utils.data import DataLoader
 from .streaming import IGNORED_LABEL
 
 
-def check_whole(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` is a whole number of at least {least}, got {value!r}.")
-
-
 def _collate(examples: list, pad_token_id: int) -> dict[str, Tensor]:
     """Pads on the right; takes dictionaries with `input_ids`, or bare sequences of token ids."""
     examples = [example if isinstance(example, Mapping) else {"input_ids": example} for example in examples]

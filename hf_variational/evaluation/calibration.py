@@ -5,6 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..checks import check_whole
+
 
 class ReliabilityCurve(NamedTuple):
     """What a reliability diagram shows (DeGroot and Fienberg 1983), per bin, each [bins].
@@ -199,8 +201,7 @@ class ClasswiseCalibration:
 
 def check_num_bins(num_bins: int) -> None:
     """Refuses what is not a whole number of at least 1."""
-    if isinstance(num_bins, bool) or not isinstance(num_bins, int) or num_bins < 1:
-        raise ValueError(f"`num_bins` is a whole number of at least 1, got {num_bins!r}.")
+    check_whole("num_bins", num_bins, 1)
 
 
 def columns(**values) -> list[Tensor]:

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from ..checks import check_whole
 from ..modeling.predictive import measures_of_log_probabilities
-from .batches import check_whole
 from .predictions import each_sampled_prediction
 from .statistics import Estimate, over_seeds
 from .streaming import StreamingEvaluation

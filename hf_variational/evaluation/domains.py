@@ -7,7 +7,7 @@ of the other text scores higher, 0.5 for a score that says nothing. For wrong to
 
 from collections.abc import Iterable, Mapping
 
-from .batches import check_whole
+from ..checks import check_whole
 from .ranking import auroc
 from .token_scores import TokenScores, token_scores
 

@@ -5,7 +5,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .batches import check_whole, data_batches, evaluating, take_labels
+from ..checks import check_whole
+from .batches import data_batches, evaluating, take_labels
 from .streaming import StreamingEvaluation, mask_repeated_rows
 
 logger = logging.get_logger(__name__)

@@ -8,7 +8,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers.utils import logging
 
-from .batches import check_whole, data_batches, evaluating, take_labels
+from ..checks import check_whole
+from .batches import data_batches, evaluating, take_labels
 from .streaming import BLOCK_ENTRIES, IGNORED_LABEL, MEASURE_NAMES, shifted_labels
 
 logger = logging.get_logger(__name__)
@@ -182,8 +183,12 @@ def _together(
     step = max(1, _TOKENS_TOGETHER // max(1, copies * length)) if targets.device.type == "cpu" else size
     for start in range(0, size, max(1, step)):
         here = slice(start, start + step)
-        rows = {name: value[here] if value.shape[:1] == (size,) else value for name, value in batch.items()}
-        yield start, rows, targets[here]
+        yield start, rows_of(batch, here, size), targets[here]
+
+
+def rows_of(batch: dict[str, Tensor], rows: slice | Tensor, size: int) -> dict[str, Tensor]:
+    """A batch of `size` sequences with only these; what has no such axis stays whole."""
+    return {name: value[rows] if value.shape[:1] == (size,) else value for name, value in batch.items()}
 
 
 def target_positions(batch: dict[str, Tensor], targets: Tensor) -> Tensor:

@@ -20,8 +20,8 @@ import torch
 from scipy.stats import rankdata
 from torch import Tensor
 
+from ..checks import check_whole
 from ..modeling.predictive import log_mean_exp, widen
-from .batches import check_whole
 from .predictions import each_sampled_prediction
 from .streaming import StreamingEvaluation
 from .temperature import check_temperature

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from .batches import check_whole
+from ..checks import check_whole
 from .risk_control import betting_p_value, binomial_p_value, fixed_sequence, growth_optimal_bet
 from .selective import COMBINATION, UNITS, CombinedScore, in_units, score_values
 from .token_scores import TokenScores

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from .batches import check_whole
+from ..checks import check_whole
 from .predictions import INTERNAL_NAMES
 from .token_scores import TokenScores
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from transformers.utils import logging
 
-from .batches import check_whole
+from ..checks import check_whole
 from .domains import text_prefix, token_windows
 from .predictions import has_posteriors
 from .ranking import detection

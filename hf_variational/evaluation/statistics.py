@@ -15,7 +15,7 @@ from scipy import stats
 from torch import Tensor
 from transformers.utils import logging
 
-from .batches import check_whole
+from ..checks import check_whole
 
 logger = logging.get_logger(__name__)
 

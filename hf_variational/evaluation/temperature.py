@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
+from ..checks import check_whole
 from .predictions import Predictions, each_prediction
 from .streaming import BLOCK_ENTRIES
 
@@ -121,8 +122,7 @@ def fit_temperature(
     >>> token_scores(model, test, temperature=fitted.temperature).evaluation().compute()["nll"]
     ```
     """
-    if isinstance(cache_bytes, bool) or not isinstance(cache_bytes, int) or cache_bytes < 0:
-        raise ValueError(f"`cache_bytes` is a whole number of at least 0, got {cache_bytes!r}.")
+    check_whole("cache_bytes", cache_bytes, 0)
     kept: list[Predictions] = []
     held = 0
 

@@ -207,17 +207,21 @@ def _table(parts: list[dict[str, Tensor]], num_windows: int) -> TokenScores:
 
 def _scores(block: Predictions, temperature: float, classwise: ClasswiseCalibration | None) -> dict[str, Tensor]:
     log_p = block.log_probabilities if temperature == 1 else temper(block.log_probabilities, temperature)
-    largest, predicted = log_p.max(-1)
     p = log_p.exp()
     if classwise is not None:
         classwise.update(p, block.targets)
-    scores = {
-        **block.measures,
-        "one_minus_confidence": -torch.expm1(largest),
-        "nll": -log_p.gather(-1, block.targets[:, None]).squeeze(-1),
-        "brier": brier(p, block.targets),
-        "correct": predicted == block.targets,
-    }
+    scores = {**block.measures, **distribution_scores(log_p, p, block.targets)}
     if temperature != 1 or "predictive_entropy" not in scores:
         scores["predictive_entropy"] = torch.special.entr(p).sum(-1)
     return scores
+
+
+def distribution_scores(log_p: Tensor, p: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """What a predictive distribution, [n, vocab], alone says, each [n]; see [`TokenScores`]."""
+    largest, predicted = log_p.max(-1)
+    return {
+        "one_minus_confidence": -torch.expm1(largest),
+        "nll": -log_p.gather(-1, targets[:, None]).squeeze(-1),
+        "brier": brier(p, targets),
+        "correct": predicted == targets,
+    }

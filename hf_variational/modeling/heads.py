@@ -100,13 +100,9 @@ class VariationalHeadMixin:
         if not self.variational_layers:
             return {"loss": nll, "kl": torch.zeros_like(nll)}
         penalties = posterior_penalties(records, scored, free_bits)
-        loss = nll + (self.config.kl_weight if kl_weight is None else kl_weight) * penalties.charged_kl
-        if penalties.reconstruction is not None:
-            loss = loss + self.config.eve.reconstruction_weight * penalties.reconstruction
-        if penalties.energy is not None:
-            loss = loss + penalties.energy
+        weight = self.config.kl_weight if kl_weight is None else kl_weight
         return {
-            "loss": loss,
+            "loss": penalties.added_to(nll, weight, self.config.eve),
             "kl": penalties.kl,
             "kl_per_layer": penalties.kl_per_layer,
             "reconstruction": penalties.reconstruction,

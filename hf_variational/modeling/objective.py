@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .configuration_variational_gpt import EVEConfig
 from .posterior import PosteriorRecord
 from .sample_axis import mean_over_samples
 
@@ -62,6 +63,13 @@ class Penalties:
     charged_kl: Tensor
     reconstruction: Tensor | None
     energy: Tensor | None = None
+
+    def added_to(self, loss: Tensor, kl_weight: Tensor | float, eve: EVEConfig | None) -> Tensor:
+        """The loss with all of them, weighted; `eve` has the reconstruction's weight, the energy's are in it."""
+        loss = loss + kl_weight * self.charged_kl
+        if self.reconstruction is not None:
+            loss = loss + eve.reconstruction_weight * self.reconstruction
+        return loss if self.energy is None else loss + self.energy
 
 
 def shift_targets(labels: Tensor) -> Tensor:

@@ -262,16 +262,13 @@ class VariationalMixin(NonReentrantMixin):
             parts = [posterior_penalties(here, scored, ours["free_bits"]) for here, scored in passed.scored(records)]
             weight = settings.kl_weight if ours["kl_weight"] is None else ours["kl_weight"]
             outputs["nll"] = outputs["loss"]
-            outputs["loss"] = outputs["nll"] + weight * sum(part.charged_kl for part in parts)
+            for part in parts:
+                outputs["loss"] = part.added_to(outputs["loss"], weight, settings.eve)
             outputs["kl"] = sum(part.kl for part in parts)
             outputs["kl_per_layer"] = torch.cat([part.kl_per_layer for part in parts])
             errors = [part.reconstruction for part in parts if part.reconstruction is not None]
             if errors:
                 outputs["reconstruction"] = sum(errors)
-                outputs["loss"] = outputs["loss"] + settings.eve.reconstruction_weight * sum(errors)
-            energies = [part.energy for part in parts if part.energy is not None]
-            if energies:
-                outputs["loss"] = outputs["loss"] + sum(energies)
         if ours["output_posteriors"]:
             for name, site in (("posteriors", "ffn"), ("attention_posteriors", "attention")):
                 outputs[name] = {

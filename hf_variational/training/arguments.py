@@ -1,30 +1,18 @@
 """Training arguments: transformers' own plus what is variational."""
 
 import json
-import math
 import os
 from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
 
+from ..checks import check_number, check_whole
 from .regime.settings import RegimeControl
 from .schedules import KL_SCHEDULES, kl_factor
 
 # Ends of the names of metrics that a good model has little of.
 _SMALLER_IS_BETTER = ("nll", "kl", "perplexity", "error", "loss")
-
-
-def _check_number(name: str, value, low: float, high: float = math.inf, open_low: bool = False) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or value > high or value < low or (open_low and value == low):
-        interval = f"{'(' if open_low else '['}{low:g}, {'inf)' if math.isinf(high) else f'{high:g}]'}"
-        raise ValueError(f"`{name}` is a number in {interval}, got {value!r}.")
-
-
-def _check_whole(name: str, value, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"`{name}` is a whole number of at least {least}, got {value!r}.")
 
 
 @dataclass
@@ -112,16 +100,16 @@ class VariationalTrainingArguments(TrainingArguments):
         if self.kl_schedule not in KL_SCHEDULES:
             raise ValueError(f"kl_schedule={self.kl_schedule!r} is unknown: choose one of {', '.join(KL_SCHEDULES)}.")
         if self.kl_weight is not None:
-            _check_number("kl_weight", self.kl_weight, 0.0)
-        _check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
-        _check_whole("kl_warmup_steps", self.kl_warmup_steps, 0)
-        _check_whole("kl_cycles", self.kl_cycles, 1)
-        _check_number("kl_cycle_ratio", self.kl_cycle_ratio, 0.0, 1.0, open_low=True)
-        _check_number("free_bits", self.free_bits, 0.0)
-        _check_whole("eval_posterior_samples", self.eval_posterior_samples, 0)
+            check_number("kl_weight", self.kl_weight, 0.0)
+        check_number("kl_warmup_ratio", self.kl_warmup_ratio, 0.0, 1.0)
+        check_whole("kl_warmup_steps", self.kl_warmup_steps, 0)
+        check_whole("kl_cycles", self.kl_cycles, 1)
+        check_number("kl_cycle_ratio", self.kl_cycle_ratio, 0.0, 1.0, open_low=True)
+        check_number("free_bits", self.free_bits, 0.0)
+        check_whole("eval_posterior_samples", self.eval_posterior_samples, 0)
         if self.train_posterior_samples is not None:
-            _check_whole("train_posterior_samples", self.train_posterior_samples, 0)
-        _check_number("cvar_fraction", self.cvar_fraction, 0.0, 1.0, open_low=True)
+            check_whole("train_posterior_samples", self.train_posterior_samples, 0)
+        check_number("cvar_fraction", self.cvar_fraction, 0.0, 1.0, open_low=True)
         if self.label_smoothing_factor:
             raise ValueError(
                 f"label_smoothing_factor={self.label_smoothing_factor} would replace the model's own loss, and with "

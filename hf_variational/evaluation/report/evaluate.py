@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from ..batches import check_whole
+from ...checks import check_whole
 from .contender import Column, Measuring
 from .data import ReportData
 from .report import EvaluationReport

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..batches import check_whole
+from ...checks import check_whole
 from ..domains import text_prefix
 from ..streaming import IGNORED_LABEL
 

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..batches import check_whole
+from ...checks import check_whole
 from ..shift_windows import WINDOW_LENGTHS
 
 
