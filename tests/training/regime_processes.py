@@ -38,6 +38,7 @@ def main(output, accumulation):
         kl_weight=0.05,
         eval_posterior_samples=0,
         regime=REGIME,
+        report_to="tensorboard",
     )
     eve = EVEConfig(mean="gain", scale="unit", initial_scale=0.3)
     trainer = VariationalTrainer(
@@ -46,12 +47,15 @@ def main(output, accumulation):
         train_dataset=make_blocks(rows=16),
         eval_dataset=make_blocks(rows=7, seed=2),
     )
+    histograms = {}
+    trainer._diagnostics._write = lambda writer, found, step: histograms.update(found)
     with posterior_noise(NoiseByMicroBatch(arguments.process_index, arguments.world_size)):
         trainer.train()
     result = {
         "processes": arguments.world_size,
         "history": trainer.state.log_history,
         "metrics": trainer.evaluate(),
+        "histograms": {name: values.tolist() for name, values in histograms.items()},
         "state": {name: value.tolist() for name, value in trainer._regime.controller.state_dict().items()},
     }
     (output / f"result_{arguments.process_index}.json").write_text(json.dumps(result))

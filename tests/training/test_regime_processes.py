@@ -1,4 +1,4 @@
-"""Regime control over two processes is that of one with twice the accumulation."""
+"""Regime control and diagnostics over two processes are those of one with twice the accumulation."""
 
 import pytest
 import torch
@@ -31,6 +31,14 @@ def test_the_same_regime_step_by_step(runs):
     for name, value in one["state"].items():
         torch.testing.assert_close(torch.tensor(first["state"][name]), torch.tensor(value), rtol=1e-3, atol=1e-5)
         assert first["state"][name] == second["state"][name], name
+
+
+def test_histograms_are_those_of_the_tokens_of_all_processes(runs):
+    (one,), _ = runs["one"]
+    first, second = runs["two"][0]
+    assert len(one["histograms"]) == 6 and not second["histograms"], "the first process writes"
+    for name, values in one["histograms"].items():
+        assert first["histograms"][name] == pytest.approx(values, rel=1e-4, abs=1e-5), name
 
 
 def test_the_same_parameters_on_both_processes(runs):
