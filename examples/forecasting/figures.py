@@ -6,7 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from .experiments import HIGH, LOW, OCTAVES, REGIMES, STARTS, Run
-from .tables import LEAST_SETTINGS, Finished, paired_points, shares
+from .tables import LEAST_SETTINGS, Finished, points, shares
 
 COLOURS = {"off": "#8c8c8c", "projection": "#d1712b", "homeostasis": "#2b6cb0"}
 NAMES = ("collapsed start", "usual start", "exploding start")
@@ -70,19 +70,18 @@ def energies(finished: Finished) -> Figure:
 
 def scatter(finished: Finished) -> Figure:
     """The share of units out of the band against the test error, a point for each run."""
-    points = {
-        name: runs
-        for name, runs in paired_points(finished).items()
-        if len({setting for setting, _, _ in runs}) >= LEAST_SETTINGS
+    families = {
+        name: runs for name, runs in points(finished).items() if len({run.setting for run in runs}) >= LEAST_SETTINGS
     }
-    figure, axes = _axes(max(1, len(points)))
-    for axis, (name, runs) in zip(axes[0], points.items(), strict=False):
+    figure, axes = _axes(max(1, len(families)))
+    for axis, (name, runs) in zip(axes[0], families.items(), strict=False):
         for regime in REGIMES:
-            chosen = [(100 * x, 100 * np.expm1(y)) for setting, x, y in runs if regime in setting.split()]
+            of_regime = [run for run in runs if regime in run.setting.split()]
+            chosen = [(100 * run.outside, 100 * np.expm1(run.error_in_seed)) for run in of_regime]
             if chosen:
                 axis.scatter(*zip(*chosen, strict=True), s=18, color=COLOURS[regime], alpha=0.8, label=regime)
         axis.set(title=name, xlabel="units out of the band, %")
-    axes[0, 0].set_ylabel("test MSE against the mean, %")
+    axes[0, 0].set_ylabel("test MSE over its seed's mean, %")
     _legend(axes[0, 0])
     return figure
 

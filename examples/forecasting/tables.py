@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
 from hf_variational.evaluation.statistics import correlation, over_seeds, paired_difference
 
 from .data import SOURCES
-from .experiments import HIGH, LOW, OCTAVES, REGIMES, STARTS, TARGETS, Run, groups
+from .experiments import HIGH, LOW, OCTAVES, REGIMES, STARTS, TARGETS, TUNED, Run, compared, groups, tuning
 
 TITLES = {
     ("dlinear", "mse"): "DLinear",
@@ -106,7 +107,7 @@ def main_table(finished: Finished) -> str:
     for dataset in SOURCES:
         rows = []
         for (model, objective), title in TITLES.items():
-            run = Run(dataset, model, objective)
+            run = compared(dataset, model, objective)
             wide = [cell(finished.scores(run, name)) for name in ("mse", "mae", "nll", "crps")]
             rows.append([title, *wide, *(cell(finished.scores(run, name), spread=False) for name in plain)])
         parts.append(f"**{dataset}**\n\n" + table(head, rows))
@@ -119,7 +120,7 @@ def bars_table(finished: Finished) -> str:
     for dataset in SOURCES:
 
         def of(model, objective, name, dataset=dataset):
-            return finished.scores(Run(dataset, model, objective), name)
+            return finished.scores(compared(dataset, model, objective), name)
 
         gaussian = of("twin", "nll", "crps")
         rows.append(
@@ -212,11 +213,21 @@ def aggregation_table(finished: Finished) -> str:
     return varied_table(finished, "aggregation", runs)
 
 
-def paired_points(finished: Finished) -> dict[str, list[tuple[str, float, float]]]:
-    """For the runs of a family, (setting, share out of the band, log of the test MSE over the family's mean).
+class Point(NamedTuple):
+    """A run: its setting, the share of its units out of the band, and the logarithm of its test MSE, less the mean of
+    its family's runs and less that of those of its own seed.
+    """
 
-    A family is one data set and one length of training, so that its errors can be compared; the band is the one that
-    all are judged by, around `Run.target`.
+    setting: str
+    outside: float
+    error: float
+    error_in_seed: float
+
+
+def points(finished: Finished) -> dict[str, list[Point]]:
+    """The runs of each family: one data set and one length of training, so that errors can be compared.
+
+    The band is the one that all are judged by, around `Run.target`.
     """
     families = defaultdict(list)
     chosen = {
@@ -227,45 +238,68 @@ def paired_points(finished: Finished) -> dict[str, list[tuple[str, float, float]
     }
     for run in sorted(chosen, key=lambda run: run.key):
         setting = " ".join(str(getattr(run, name)) for name in SETTINGS)
-        for result in finished.of(run):
+        for seed, result in enumerate(finished.of(run)):
             outside = 1.0 - shares(result["energy"][-1], Run.target)[1]
-            families[f"{run.dataset}, {run.steps} steps"].append((setting, outside, np.log(result["test"]["mse"])))
-    return {
-        name: [(setting, outside, error - np.mean([p[2] for p in points])) for setting, outside, error in points]
-        for name, points in families.items()
-    }
+            families[f"{run.dataset}, {run.steps} steps"].append(
+                (setting, outside, seed, np.log(result["test"]["mse"]))
+            )
+    return {name: _against_means(runs) for name, runs in families.items()}
+
+
+def _against_means(runs: list[tuple[str, float, int, float]]) -> list[Point]:
+    seeds, errors = (np.array([run[place] for run in runs]) for place in (2, 3))
+    means = {seed: errors[seeds == seed].mean() for seed in set(seeds)}
+    return [
+        Point(setting, outside, error - errors.mean(), error - means[seed]) for setting, outside, seed, error in runs
+    ]
 
 
 def correlation_table(finished: Finished) -> str:
     rows = []
-    for name, points in paired_points(finished).items():
-        settings = [point[0] for point in points]
+    for name, runs in points(finished).items():
+        settings = [run.setting for run in runs]
         if len(set(settings)) < LEAST_SETTINGS:
             continue
         numbers = {setting: place for place, setting in enumerate(dict.fromkeys(settings))}
         clusters = np.array([numbers[setting] for setting in settings])
-        outside, error = (np.array([point[place] for point in points]) for place in (1, 2))
+        outside = np.array([run.outside for run in runs])
         found = []
-        for kind in ("pearson", "spearman"):
-            estimate = correlation(outside, error, clusters, kind=kind, num_resamples=RESAMPLES)
-            low, high = estimate.interval
-            found.append(f"{estimate.mean:+.2f} [{low:+.2f}, {high:+.2f}]")
+        for error in ("error", "error_in_seed"):
+            values = np.array([getattr(run, error) for run in runs])
+            for kind in ("pearson", "spearman"):
+                estimate = correlation(outside, values, clusters, kind=kind, num_resamples=RESAMPLES)
+                low, high = estimate.interval
+                found.append(f"{estimate.mean:+.2f} [{low:+.2f}, {high:+.2f}]")
         span = f"{outside.min():.2f} to {outside.max():.2f}"
-        rows.append([name, str(len(points)), str(len(numbers)), span, *found])
-    return table(["", "runs", "settings", "share out of the band", "Pearson", "Spearman"], rows)
+        rows.append([name, str(len(runs)), str(len(numbers)), span, *found])
+    head = ["", "runs", "settings", "share out of the band", "Pearson", "Spearman", "Pearson in a seed", "Spearman"]
+    return table(head, rows)
 
 
 def every_origin_table(finished: Finished) -> str:
     rows = []
     for dataset in SOURCES:
-        some, every = Run(dataset, "dlinear", "mse"), Run(dataset, "dlinear", "mse", stride=1)
+        some, every = (compared(dataset, "dlinear", "mse", stride=stride) for stride in (None, 1))
         rows.append([dataset, cell(finished.scores(every, "mse")), cell(finished.scores(some, "mse")[:1])])
     return table(["DLinear's MSE", "on every window", "on the windows of the tables"], rows)
+
+
+def tuning_table(finished: Finished) -> str:
+    """The mean squared error on the validation part, first seed."""
+    columns = [tuning(dataset) for dataset in SOURCES]
+    rows = []
+    for runs in zip(*columns, strict=True):
+        run = runs[0]
+        chosen = TUNED[run.model] == (run.steps, run.learning_rate)
+        scores = [cell(finished.scores(each, "mse", "validation")[:1]).removesuffix(ONE_SEED) for each in runs]
+        rows.append([run.model, str(run.steps), f"{run.learning_rate:g}", *scores, "chosen" if chosen else ""])
+    return table(["", "steps", "learning rate", *SOURCES, ""], rows)
 
 
 TABLES = {
     "Models": main_table,
     "The bars": bars_table,
+    "What the steps and the learning rate were chosen by": tuning_table,
     "The windows of the test": every_origin_table,
     "Regimes": regimes_table,
     "From a collapsed and from an exploding start": starts_table,

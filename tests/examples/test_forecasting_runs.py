@@ -151,6 +151,7 @@ def fake_results(seeds):
             "run": {},
             "test": scores,
             "mean_pass": scores,
+            "validation": scores,
             "log": [{"step": 1, "nll": 1.0}, {"step": 2, "nll": 0.5}],
             "energy": looks if spec.model == "eve" else [],
             "cpu_seconds": {"training": 1.0, "test": 1.0},
