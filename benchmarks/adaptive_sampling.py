@@ -4,12 +4,13 @@
 
 Windows of the first half of the text are validation data, those of the second half are the test. All rows of a table
 from two samples on are of the same posterior samples, so that they differ by how many of them were used; a row "drawn
-anew" ran the model only as often as it asked for, with other noise.
+anew" ran the model only as often as it asked for, with other noise. Looks are at 2, 8 and 32 samples, "fine" ones at 2,
+4, 8, 16 and 32.
 """
 
 import argparse
 import time
-from itertools import pairwise
+from itertools import pairwise, product
 
 import torch
 from report import machine, show
@@ -126,13 +127,13 @@ def main(argv: list[str] | None = None) -> dict:
     )
     validation, test = windows[: len(windows) // 2], windows[len(windows) // 2 :]
     run = {"batch_size": options.batch_size, "progress": False}
-    fitting = KeptLooks.draw(model, validation, SCHEDULE, internal=True, seed=0, **run)
+    fitting = KeptLooks.draw(model, validation, FIXED, internal=True, seed=0, **run)
     looks = KeptLooks.draw(model, test, FIXED, internal=True, seed=1, **run)
     costs = flops_per_token(model, windows, device)
     of_all = looks.looks[-1]
 
-    def spent(found) -> float:
-        passes = zip(steps(SCHEDULE), found.cost.drawn, strict=True)
+    def spent(found, schedule) -> float:
+        passes = zip(steps(schedule), found.cost.drawn, strict=True)
         return sum(costs[size] * tokens for size, tokens in passes) / found.cost.tokens
 
     rows = {}
@@ -141,16 +142,17 @@ def main(argv: list[str] | None = None) -> dict:
     for size, table in zip(FIXED, looks.looks, strict=True):
         compared = (None, 0) if size == FIXED[-1] else (of_all, options.resamples)
         rows[str(size)] = {"samples": float(size), "flops": costs[size], **quality(table, *compared)}
-    for measure in MEASURES:
-        sampling = AdaptiveSampling.fit_looks(fitting, measure)
-        kept = looks.at(SCHEDULE).act(sampling.act, measure)
+    for measure, schedule in product(MEASURES, (SCHEDULE, FIXED)):
+        sampling = AdaptiveSampling.fit_looks(fitting.at(schedule), measure)
+        kept = looks.at(schedule).act(sampling.act, measure)
         started = time.perf_counter()
         drawn = sampling.evaluate(model, test, seed=3, **run)
         seconds = time.perf_counter() - started
-        for name, found in ((f"adaptive, {SHORT[measure]}", kept), (f"{SHORT[measure]}, drawn anew", drawn)):
+        title = f"{SHORT[measure]}{'' if schedule == SCHEDULE else ', fine'}"
+        for name, found in ((f"adaptive, {title}", kept), (f"{title}, drawn anew", drawn)):
             rows[name] = {
                 "samples": found.cost.mean_samples,
-                "flops": spent(found),
+                "flops": spent(found, schedule),
                 "tolerance": sampling.tolerance,
                 **quality(found.scores, of_all, options.resamples),
             }
@@ -161,7 +163,7 @@ def main(argv: list[str] | None = None) -> dict:
     for unit in ("sequence", "step"):
         for reversals in options.reversals:
             controller = UncertaintyController.fit_looks(
-                fitting, unit=unit, coverage=options.coverage, reversals=reversals
+                fitting.at(SCHEDULE), unit=unit, coverage=options.coverage, reversals=reversals
             )
             found = looks.at(SCHEDULE).act(controller.act, controller.sampling.measure)
             controlled[f"{unit}, {reversals:.0%} reversed"] = {

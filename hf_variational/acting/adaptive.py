@@ -1,13 +1,15 @@
 """As many posterior samples as a text needs: what many of them are worth, at the cost of a few."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..evaluation.selective import RiskCoverage
+from ..evaluation.statistics import bootstrap_documents
 from ..evaluation.token_scores import TokenScores
 from .policy import SCHEDULE, Action, check_schedule, check_tolerance
 from .settling import Acted, KeptLooks, act_on_data, check_measure, sequence_means
@@ -17,6 +19,8 @@ QUALITY = 0.01
 # to what other data will do differently.
 _VALIDATION_SHARE = 0.5
 _CANDIDATES = 64
+# Of the validation data's sequences, for the interval of what a tolerance loses.
+_RESAMPLES = 200
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,8 @@ class QualityAtCost:
         return cls(tolerance, acted.cost.mean_samples, acted.nll, acted.aurc())
 
     def is_within(self, quality: float, full: "QualityAtCost") -> bool:
-        """Whether NLL and AURC are as near to those of all samples as validation data has to show."""
-        allowed = 1 + quality * _VALIDATION_SHARE
-        return self.nll <= allowed * full.nll and self.aurc <= allowed * full.aurc
+        """Whether NLL and AURC are at most this share above those of all samples."""
+        return self.nll <= (1 + quality) * full.nll and self.aurc <= (1 + quality) * full.aurc
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,8 @@ class AdaptiveSampling:
         """
         Chooses the tolerance with the least cost whose NLL and AURC stay within `quality` of those of all samples.
 
-        On the validation data only half of `quality` may be lost: the other half is the margin for other data.
+        On the validation data only half of `quality` may be lost, and the upper ends of 95 % intervals (whole
+        sequences resampled) have to stay within all of it: other data will do something else.
 
         Args:
             model: A causal language model with posterior samples.
@@ -116,12 +120,14 @@ class AdaptiveSampling:
     @classmethod
     def fit_looks(cls, looks: KeptLooks, measure: str, quality: float = QUALITY) -> "AdaptiveSampling":
         """The same of looks that are there already."""
-        frontier = []
-        for tolerance in tolerances([_sequence_errors(table, measure) for table in looks.looks[:-1]]):
-            acted = looks.act(cls(tolerance, looks.schedule, measure).act, measure)
-            frontier.append(QualityAtCost.of(acted, tolerance))
-        best = cheapest([point for point in frontier if point.is_within(quality, frontier[0])])
-        return cls(best.tolerance, looks.schedule, measure, tuple(frontier))
+
+        def acted(tolerance: float) -> Acted:
+            return looks.act(cls(tolerance, looks.schedule, measure).act, measure)
+
+        errors = [_sequence_errors(table, measure) for table in looks.looks[:-1]]
+        frontier = tuple(QualityAtCost.of(acted(tolerance), tolerance) for tolerance in tolerances(errors))
+        best = cheapest(frontier, acted, acted(0.0), quality)
+        return cls(best.tolerance, looks.schedule, measure, frontier)
 
     def evaluate(self, model, data, *, batch_size: int = 8, seed: int = 0, progress: bool = True) -> Acted:
         """Scores every predicted token of a data set with as many samples as its sequence needs.
@@ -147,9 +153,45 @@ def tolerances(errors: Sequence[Tensor]) -> list[float]:
     return [0.0, *np.unique(inside[inside > 0]).tolist(), math.inf]
 
 
-def cheapest(points: Sequence[QualityAtCost]) -> QualityAtCost:
-    """The one with the fewest samples; of equals the smallest tolerance."""
-    return min(points, key=lambda point: (point.mean_samples, point.tolerance))
+def cheapest(
+    points: Sequence[QualityAtCost], acted: Callable[[float], Acted], full: Acted, quality: float
+) -> QualityAtCost | None:
+    """The point with the fewest samples, of equals the smallest tolerance, that keeps the quality of all samples.
+
+    Args:
+        points: to choose from.
+        acted: what was decided with a tolerance.
+        full: what was decided with all samples.
+        quality: share of NLL and of AURC that may be lost.
+    """
+    reference = QualityAtCost.of(full, 0.0)
+    near = [point for point in points if point.is_within(_VALIDATION_SHARE * quality, reference)]
+    for point in sorted(near, key=lambda point: (point.mean_samples, point.tolerance)):
+        if _surely_within(acted(point.tolerance), full, quality):
+            return point
+    return None
+
+
+def _surely_within(acted: Acted, full: Acted, quality: float) -> bool:
+    def area(of: Acted) -> Callable[[Tensor], float]:
+        uncertainty, wrong = of.scores.values[of.measure], (~of.scores.correct).double()
+        return lambda tokens: RiskCoverage.of_values(uncertainty[tokens], wrong[tokens]).area()
+
+    def nll(of: Acted) -> Callable[[Tensor], float]:
+        values = of.scores.values["nll"].double()
+        return lambda tokens: float(values[tokens].mean())
+
+    for measure in (nll, area):
+        ours, theirs = measure(acted), measure(full)
+        found = bootstrap_documents(
+            lambda tokens, ours=ours, theirs=theirs: ours(tokens) - (1 + quality) * theirs(tokens),
+            full.scores.windows,
+            num_resamples=_RESAMPLES,
+        )
+        # a single sequence has no interval
+        if (found.mean if found.interval is None else found.interval[1]) > 0:
+            return False
+    return True
 
 
 def check_share(name: str, value) -> None:

@@ -132,19 +132,21 @@ class UncertaintyController:
 
         undecided = ActionThresholds(-math.inf, fitted.final, math.inf)
         of_all = looks.act(controller(undecided, 0.0).act, measure)
-        full = QualityAtCost.of(of_all, 0.0)
         errors = [controller(fitted, 0.0)._look(table)[1] for table in looks.looks[:-1]]
         best = None
         for thresholds in dict.fromkeys((fitted, undecided)):
+
+            def acted(tolerance: float, thresholds=thresholds) -> Acted:
+                return looks.act(controller(thresholds, tolerance).act, measure)
+
             frontier, allowed = [], []
             for tolerance in tolerances(errors):
-                acted = looks.act(controller(thresholds, tolerance).act, measure)
-                frontier.append(QualityAtCost.of(acted, tolerance))
-                reversed_share = (acted.actions != of_all.actions).double().mean()
-                if reversed_share <= reversals and frontier[-1].is_within(quality, full):
+                found = acted(tolerance)
+                frontier.append(QualityAtCost.of(found, tolerance))
+                if (found.actions != of_all.actions).double().mean() <= reversals:
                     allowed.append(frontier[-1])
-            if allowed and (best is None or cheapest(allowed).mean_samples < best[0]):
-                point = cheapest(allowed)
+            point = cheapest(allowed, acted, of_all, quality)
+            if point is not None and (best is None or point.mean_samples < best[0]):
                 best = point.mean_samples, controller(thresholds, point.tolerance, tuple(frontier))
         return best[1]
 
