@@ -14,7 +14,7 @@ TEXT ?=
 DEMO ?=
 
 # Those that need nothing but the package; benchmarks/README.md has the others, which read a model or a text of yours.
-BENCHMARKS := training_step regime_control generation evaluation_memory evaluation_time attention_weights attention_step retrofit_cost quality
+BENCHMARKS := training_step regime_control regime_recovery generation evaluation_memory evaluation_time attention_weights attention_step retrofit_cost quality
 
 # laplace-torch and what it runs on, without its requirement of torchvision: it does not use it here, and the builds of
 # torchvision that an index offers may be those of another torch.

@@ -4,8 +4,8 @@
 
 Windows of the first half of the text are validation data, those of the second half are the test. All rows of a table
 from two samples on are of the same posterior samples, so that they differ by how many of them were used; a row "drawn
-anew" ran the model only as often as it asked for, with other noise. Looks are at 2, 8 and 32 samples, "fine" ones at 2,
-4, 8, 16 and 32.
+anew" ran the model only as often as it asked for, with other noise. Looks are at 2, 8 and 32 samples, "fine" ones at
+2, 4, 8, 16 and 32.
 """
 
 import argparse

@@ -21,6 +21,12 @@ class BandShares(NamedTuple):
     inside: Tensor
     over: Tensor
 
+    @classmethod
+    def of(cls, energy: Tensor, low: Tensor, high: Tensor) -> "BandShares":
+        """Of units with these energies in bands from `low` to `high`, [units] each; waits for nothing."""
+        parts = energy < low, (energy >= low) & (energy <= high), energy > high
+        return cls(*(part.float().mean() for part in parts))
+
 
 @dataclass(frozen=True)
 class Band:
@@ -111,9 +117,7 @@ class Band:
     def shares(self, energy: Tensor) -> BandShares:
         """The shares of units under, inside and over the band, for energies E[mu^2], [units]; waits for nothing."""
         self._check(energy)
-        under, over = energy < self.low, energy > self.high
-        inside = (energy >= self.low) & (energy <= self.high)
-        return BandShares(*(part.float().mean() for part in (under, inside, over)))
+        return BandShares.of(energy, self.low, self.high)
 
     def violation(self, energy: Tensor, relative: bool = False) -> Tensor:
         """How far each unit is outside, max(low - E, E - high, 0), [units].

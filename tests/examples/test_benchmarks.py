@@ -30,7 +30,15 @@ def test_the_cost_of_regime_control(load, capsys):
     rows = load("regime_control").main(["--tiny", "--rounds", "1"])["rows"]
     assert {"baseline", "homeostasis", "all of it", "all of it, a control step"} <= set(rows)
     assert all(row["cpu"]["wall_ratio"] > 0 for row in rows.values())
-    assert "interval: 10 steps" in capsys.readouterr().out
+    assert "interval: 5 steps" in capsys.readouterr().out
+
+
+def test_the_recovery_of_units(load, capsys):
+    rows = load("regime_recovery").main(["--tiny"])["rows"]
+    assert list(rows) == ["homeostasis, collapsed", "homeostasis, exploding", "thermostat"]
+    (collapsed,), (exploding,) = rows["homeostasis, collapsed"], rows["homeostasis, exploding"]
+    assert collapsed["without"]["inside"] == exploding["without"]["inside"] == 0 < collapsed["with"]["nll"]
+    assert "NLL with / without" in capsys.readouterr().out
 
 
 def test_the_time_of_a_report(load, capsys):

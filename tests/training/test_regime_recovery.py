@@ -13,6 +13,7 @@ from hf_variational import EVEConfig, VariationalTrainer
 STEPS = 500
 TARGET = 1.5
 BAND = {"target": TARGET, "low_factor": 0.2, "high_factor": 5.0}
+RANGE = {"kl_min": 0.3, "kl_max": 0.6}
 # share of the target, and sigma
 STARTS = {"collapsed": (1e-4, 1.0), "exploding": (100.0, 0.1)}
 
@@ -34,18 +35,17 @@ def started(start):
     return model
 
 
-def trained(folder, model, regime, **fields):
+def trained(folder, model, regime, learning_rate=3e-3):
     trainer = VariationalTrainer(
         model,
         make_arguments(
             folder,
             max_steps=STEPS,
-            learning_rate=3e-3,
+            learning_rate=learning_rate,
             per_device_train_batch_size=16,
             logging_steps=50,
             eval_posterior_samples=2,
             regime=regime,
-            **fields,
         ),
         train_dataset=make_blocks(rows=512, masked=False),
         eval_dataset=make_blocks(rows=128, seed=5, masked=False),
@@ -66,22 +66,36 @@ def test_homeostasis_brings_the_units_into_their_band_and_costs_no_loss(tmp_path
     assert after["eval_mean_pass_nll"] <= 1.02 * before["eval_mean_pass_nll"]
 
 
+def kl_inside(folder, thermostat, **options):
+    """Share of the units whose KL is in the thermostat's range: on other data at the end, and at each log."""
+    initial_scale = options.pop("initial_scale")
+    model = make_model(
+        eve=EVEConfig(mean="gain", scale="unit", prior="centered", initial_scale=initial_scale),
+        initializer_range=0.3,
+        kl_weight=1e-2,
+    )
+    trainer = trained(folder, model, {"thermostat": RANGE} if thermostat else {}, **options)
+    blocks = make_blocks(rows=128, seed=5, masked=False)
+    batch = {key: torch.tensor(blocks[key]) for key in ("input_ids", "labels")}
+    with torch.no_grad():
+        layers = model.eval()(**batch, num_posterior_samples=1, output_posteriors=True).posteriors.values()
+    kl = torch.cat([layer.kl_per_unit for layer in layers])
+    logs = [entry["regime/kl_inside"] for entry in trainer.state.log_history if "regime/kl_inside" in entry]
+    return ((kl >= RANGE["kl_min"]) & (kl <= RANGE["kl_max"])).float().mean(), logs
+
+
 def test_the_thermostat_holds_the_kl_of_the_units(tmp_path):
     """From the middle of the range, which the units leave without it: the likelihood wants less noise than the KL."""
-    found = {}
-    for name, regime in (("without", {}), ("with", {"thermostat": {"kl_min": 0.3, "kl_max": 0.6}})):
-        model = make_model(
-            eve=EVEConfig(mean="gain", scale="unit", prior="centered", initial_scale=0.42),
-            initializer_range=0.3,
-            kl_weight=1e-2,
-        )
-        trainer = trained(tmp_path / name, model, regime)
-        blocks = make_blocks(rows=128, seed=5, masked=False)
-        batch = {key: torch.tensor(blocks[key]) for key in ("input_ids", "labels")}
-        with torch.no_grad():
-            layers = model.eval()(**batch, num_posterior_samples=1, output_posteriors=True).posteriors.values()
-        kl = torch.cat([layer.kl_per_unit for layer in layers])
-        found[name] = ((kl >= 0.3) & (kl <= 0.6)).float().mean()
-    logs = [entry["regime/kl_inside"] for entry in trainer.state.log_history if "regime/kl_inside" in entry]
-    assert found["with"] >= 0.95 and min(logs) >= 0.95
-    assert found["without"] < 0.5
+    without, _ = kl_inside(tmp_path / "without", False, initial_scale=0.42)
+    with_it, logs = kl_inside(tmp_path / "with", True, initial_scale=0.42)
+    assert with_it >= 0.95 and min(logs) >= 0.95
+    assert without < 0.5
+
+
+def test_the_thermostat_fetches_the_kl_of_the_units(tmp_path):
+    """From far above the range; how fast a scale can move is the learning rate's to say."""
+    options = {"initial_scale": 0.15, "learning_rate": 1e-2}
+    without, _ = kl_inside(tmp_path / "without", False, **options)
+    with_it, logs = kl_inside(tmp_path / "with", True, **options)
+    assert logs[0] == 0 and with_it >= 0.95 and min(logs[-5:]) >= 0.95
+    assert without < 0.5

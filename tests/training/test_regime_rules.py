@@ -137,6 +137,25 @@ class TestThermostat:
         torch.testing.assert_close(found, tensor(0.0, 0.0, 0.5 * math.log(0.8 / (0.2 * 2**0.25))))
 
 
+class TestWithinShare:
+    def test_by_hand(self):
+        log_weight, cost, nll = tensor(2.0, 0.0, 1.0), tensor(0.5, 1.0, 0.25), tensor(-1.5).squeeze()
+        paid = 0.5 * math.exp(2.0) + 1.0 + 0.25 * math.e
+        found = rules.within_share(log_weight, cost, nll, 0.6)
+        assert found.item() == pytest.approx(math.log(1.5 * 1.5 / paid))
+        after = ((log_weight + found).exp() * cost).sum()
+        assert (after / (nll.abs() + after)).item() == pytest.approx(0.6)
+
+    def test_nothing_to_add_below_the_share(self):
+        assert rules.within_share(tensor(0.5, -1.0), tensor(0.1, 0.1), torch.tensor(3.0).double(), 0.5).item() == 0.0
+        assert rules.within_share(tensor(9.0, 9.0), tensor(0.0, -1e-9), torch.tensor(3.0).double(), 0.5).item() == 0.0
+
+    def test_a_cost_that_is_above_without_weights_is_not_added_to(self):
+        log_weight, cost = tensor(2.0, 0.0), tensor(4.0, 4.0)
+        found = rules.within_share(log_weight, cost, torch.tensor(1.0).double(), 0.5)
+        assert ((log_weight + found).exp() * cost).sum().item() == pytest.approx(8.0)
+
+
 def test_scale_guard_by_hand():
     scale, kl = tensor(0.01, 0.2, 3.0, 0.5, 0.06), tensor(1.0, 1.0, 1.0, 1e-6, 1e-6)
     shift = rules.scale_shift(scale, kl, floor=0.05, ceiling=1.0, kick=0.3, max_shift=10.0)
@@ -338,7 +357,7 @@ class TestBand:
     [
         (lambda: Thermostat(kl_min=0.2, kl_max=0.2), r"`kl_min`=0.2 must be below `kl_max`=0.2"),
         (lambda: Thermostat(kl_min=-0.2, kl_max=0.2), r"`kl_min` is a number in \[0, inf\), got -0.2"),
-        (lambda: Homeostasis(eta=0.6), r"`eta`=0.6 is above `eta_max`=0.5"),
+        (lambda: Homeostasis(eta=0.6, eta_max=0.5), r"`eta`=0.6 is above `eta_max`=0.5"),
         (lambda: Homeostasis(toward="middle"), r"`toward`='middle' is unknown"),
         (lambda: Projection(max_factor=1.0), r"`max_factor` is a number in \(1, inf\), got 1.0"),
         (lambda: ScaleGuard(), "neither `floor`, `ceiling` nor `kick`"),
@@ -348,8 +367,8 @@ class TestBand:
         (lambda: RegimeControl(homeostasis={}), r"`homeostasis` is about the band, and there is none"),
         (lambda: RegimeControl(min_inside=0.5), r"`min_inside` is about the band"),
         (
-            lambda: RegimeControl(band={"target": 1.0}, projection={"interval": 15}),
-            r"=15 is no multiple of `interval`=10",
+            lambda: RegimeControl(band={"target": 1.0}, projection={"interval": 12}),
+            r"=12 is no multiple of `interval`=5",
         ),
         (lambda: RegimeControl(band={"targets": 1.0}), r"unknown key 'targets': did you mean 'target'"),
         (lambda: RegimeControl(band={}), "`band` of the regime control has no `target`"),

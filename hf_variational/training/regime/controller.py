@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 from ...modeling import EVE, UnitWeights
 from . import rules
-from .measuring import UnitMeans, Units, shares
+from .measuring import UnitMeans, Units
 from .neurons import rescale_means, shift_log_scales
 from .rules import Limits
 from .settings import RegimeControl
@@ -94,7 +94,7 @@ class RegimeController:
         return self._bands.times(self.band_log_factor.exp())
 
     def _measure_band(self, logged: dict[str, Tensor]) -> None:
-        found = shares(self.means.energy, self.limits())
+        found = self.limits().shares(self.means.energy)
         calibration = self.settings.calibration
         if calibration is not None:
             if calibration.acts_at(self.step):
@@ -150,6 +150,9 @@ class RegimeController:
                 options = (low, high, thermostat.rate, thermostat.gain, thermostat.ratio, thermostat.emergency_step)
                 layers = [rules.thermostat_step(*layer, *options) for layer in zip(*parts, strict=True)]
                 self.kl_integral, self.kl_log_weight = (torch.cat(part) for part in zip(*layers, strict=True))
+                shift = rules.within_share(self.kl_log_weight, kl_weight * kl, self.nll, thermostat.max_share)
+                # The integral goes with it: it would go on rising for as long as the weights may not.
+                self.kl_integral, self.kl_log_weight = self.kl_integral + shift, self.kl_log_weight + shift
             logged["kl_inside"] = ((kl >= low) & (kl <= high)).float().mean()
             logged["kl_log_weight"] = self.kl_log_weight.mean()
         if control is not None:

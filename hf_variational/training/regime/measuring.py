@@ -6,7 +6,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ...diagnostics.band import BandShares
 from .rules import Limits
 from .settings import BandSettings
 
@@ -89,9 +88,3 @@ class UnitSums:
         *sums, tokens = vector.split([total, total, total, len(self.units.layers)])
         tokens = self.units.spread(tokens.clamp(min=1))
         return UnitMeans(*(part / tokens for part in sums))
-
-
-def shares(energy: Tensor, limits: Limits) -> BandShares:
-    """Shares of the units under, inside and over their band, 0-dim each, for energies of [all units]."""
-    inside = (energy >= limits.low) & (energy <= limits.high)
-    return BandShares(*(part.float().mean() for part in (energy < limits.low, inside, energy > limits.high)))

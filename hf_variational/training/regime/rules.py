@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ...diagnostics.band import BandShares
 from ...modeling.posterior import ACTIVE_KL
 
 # Where a unit out of its band is put: this share of the way, in logarithm, from the nearer end to the target.
@@ -29,6 +30,10 @@ class Limits(NamedTuple):
 
     def times(self, factor: Tensor) -> "Limits":
         return Limits(*(part * factor for part in self))
+
+    def shares(self, energy: Tensor) -> BandShares:
+        """Of units with these energies, [units]."""
+        return BandShares.of(energy, self.low, self.high)
 
     def outside(self, energy: Tensor) -> Tensor:
         """Which units are out of their band, [units]."""
@@ -121,6 +126,23 @@ def thermostat_step(
     mean, reach, most = moved.mean(), math.log(ratio), math.log(MAX_WEIGHT)
     moved = moved.clamp(mean - reach, mean + reach).clamp(-most, most)
     return moved, (moved + gain * distance).clamp(-most, most)
+
+
+def within_share(log_weight: Tensor, cost: Tensor, nll: Tensor, max_share: float) -> Tensor:
+    """What is added to all log-weights of the units' KL, 0-dim, so that the KL is at most `max_share` of the loss.
+
+    Args:
+        log_weight: of each unit, [units].
+        cost: kl_weight * KL per token of each unit, before its weight, [units].
+        nll: negative log-likelihood per token.
+
+    Returns:
+        0, or what brings the weighted cost C down to C / (|nll| + C) = max_share; not below the cost without weights.
+    """
+    cost = cost.clamp(min=0)  # of a collapsed unit the KL is rounding around 0
+    paid = (log_weight.exp() * cost).sum()
+    most = torch.maximum(nll.abs() * (max_share / (1.0 - max_share)), cost.sum())
+    return torch.where(paid > most, (most / paid).log(), 0.0)
 
 
 def scale_shift(

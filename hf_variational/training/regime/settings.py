@@ -5,8 +5,8 @@ import math
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
-from numbers import Integral, Real
 
+from ...checks import check_number, check_whole
 from ...diagnostics.band import Band, check_band
 from ..naming import refuse_unknown
 
@@ -14,19 +14,12 @@ TOWARD = ("center", "band")
 HINGES = ("relative", "absolute")
 
 
-def _number(owner, name: str, low: float, high: float = math.inf, open_low=False, open_high=False) -> None:
-    value = getattr(owner, name)
-    fits = isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
-    fits = fits and (low < value if open_low else low <= value) and (value < high if open_high else value <= high)
-    if not fits:
-        ends = f"{'(' if open_low else '['}{low:g}, {high:g}{')' if open_high or math.isinf(high) else ']'}"
-        raise ValueError(f"{_label(owner)} `{name}` is a number in {ends}, got {value!r}.")
+def _number(owner, name: str, low: float, high: float = math.inf, **ends: bool) -> None:
+    check_number(name, getattr(owner, name), low, high, where=f"{_label(owner)} ", **ends)
 
 
 def _whole(owner, name: str, least: int) -> None:
-    value = getattr(owner, name)
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{_label(owner)} `{name}` is a whole number of at least {least}, got {value!r}.")
+    check_whole(name, getattr(owner, name), least, where=f"{_label(owner)} ")
 
 
 def _one_of(owner, name: str, choices: tuple[str, ...]) -> None:
@@ -173,15 +166,19 @@ class Thermostat:
         gain: What it adds as long as it lasts.
         ratio: The most that a unit's weight (without what `gain` adds) is above or below its layer's (geometric) mean.
         emergency_step: What the logarithm goes down by where the unit is dead (KL below 1e-4).
+        max_share: Share of the loss that the weights never let the KL exceed, C / (|NLL| + C) with C the weighted KL
+            as last measured; where it does without weights, they do not add to it. An optimizer like Adam moves a
+            scale by its learning rate, so a KL that drowns the likelihood brings a range that is far away no nearer.
         warmup_steps: Optimizer steps before it acts.
     """
 
     kl_min: float
     kl_max: float
-    rate: float = 1.0
+    rate: float = 0.5
     gain: float = 10.0
     ratio: float = 100.0
     emergency_step: float = 1.0
+    max_share: float = 0.5
     warmup_steps: int = 0
 
     def __post_init__(self):
@@ -196,6 +193,7 @@ class Thermostat:
         _number(self, "gain", 0.0)
         _number(self, "ratio", 1.0, open_low=True)
         _number(self, "emergency_step", 0.0)
+        _number(self, "max_share", 0.0, 1.0, open_low=True, open_high=True)
         _whole(self, "warmup_steps", 0)
 
 
@@ -342,7 +340,7 @@ class RegimeControl:
     calibration: BandCalibration | None = None
     autoregressive: AutoregressiveControl | None = None
     min_inside: float | None = None
-    interval: int = 10
+    interval: int = 5
     decay: float = 0.5
 
     def __post_init__(self):

@@ -3,7 +3,7 @@
 from ...modeling import UnitWeights
 from .callback import RegimeControlCallback
 from .gate import Gate
-from .measuring import UnitSums, shares
+from .measuring import UnitSums
 from .settings import BandSettings, RegimeControl
 
 
@@ -75,7 +75,7 @@ class SteeringMixin:
         energy = sums.means(self.accelerator.reduce(sums.vector(), reduction="sum")).energy
         # what calibration has made of the band, where there is one
         limits = sums.units.limits(self._band, energy.device) if self._regime is None else self._regime.limits()
-        return {f"{prefix}_regime_{name}": float(share) for name, share in shares(energy, limits)._asdict().items()}
+        return {f"{prefix}_regime_{name}": float(share) for name, share in limits.shares(energy)._asdict().items()}
 
     def _determine_best_metric(self, metrics: dict[str, float], trial) -> bool:
         gate = Gate.of(self.args)
