@@ -232,7 +232,7 @@ def points(finished: Finished) -> dict[str, list[Point]]:
     families = defaultdict(list)
     chosen = {
         run
-        for name in ("main", "regimes", "prior", "start", "band")
+        for name in ("regimes", "prior", "start", "band")
         for run in finished.groups()[name]
         if run.model == "eve" and run.objective != "mse"
     }

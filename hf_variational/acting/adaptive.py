@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..evaluation.selective import RiskCoverage
+from ..evaluation.ranking import aurc
 from ..evaluation.statistics import bootstrap_documents
 from ..evaluation.token_scores import TokenScores
 from .policy import SCHEDULE, Action, check_schedule, check_tolerance
@@ -175,7 +175,7 @@ def cheapest(
 def _surely_within(acted: Acted, full: Acted, quality: float) -> bool:
     def area(of: Acted) -> Callable[[Tensor], float]:
         uncertainty, wrong = of.scores.values[of.measure], (~of.scores.correct).double()
-        return lambda tokens: RiskCoverage.of_values(uncertainty[tokens], wrong[tokens]).area()
+        return lambda tokens: aurc(uncertainty[tokens], wrong[tokens])
 
     def nll(of: Acted) -> Callable[[Tensor], float]:
         values = of.scores.values["nll"].double()

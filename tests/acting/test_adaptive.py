@@ -170,6 +170,8 @@ def test_fit_keeps_the_quality_at_the_least_cost(model, looks):
     full = fitted.frontier[0]
     assert full.mean_samples == 8 and full.tolerance == 0
     assert fitted.frontier[-1].mean_samples == 2 and fitted.frontier[-1].tolerance == math.inf
+    kept = [p for p in fitted.frontier if p.nll <= 1.025 * full.nll and p.aurc <= 1.025 * full.aurc]
+    assert next(p for p in fitted.frontier if p.tolerance == fitted.tolerance) in kept
     costs = [point.mean_samples for point in fitted.frontier]
     assert costs == sorted(costs, reverse=True)
 
